@@ -17,8 +17,8 @@ BASE = {"records", "slots", "recorder", "ring_reader", "catalogue", "settings"}
 COLUMNS = {"tables"}
 """Columns of records: base and numpy only."""
 MAY_IMPORT: dict[str, set[str]] = {
-    **{name: BASE for name in BASE},
-    **{name: BASE for name in COLUMNS},
+    **dict.fromkeys(BASE, BASE),
+    **dict.fromkeys(COLUMNS, BASE),
     "hooks": BASE,
     "collectors": BASE,
     "attach": BASE | {"hooks"},

@@ -1,0 +1,56 @@
+# The README's commands. Each builds .venv itself when it is missing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+WORKERS ?= 2
+
+.PHONY: demo test check format chromium clean help
+
+help: ## what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(RUN) ## a real MoE training, seen live (ARGS="--fault slow_compute@40:2")
+	@$(BIN)/lens demo $(ARGS)
+
+test: $(DEV) chromium check ## everything that must hold: style, types, tests
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(DEV) ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV) ## rewrite the code in the house's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+chromium: ## page tests need it; taken from the distribution's packages where that can be done
+	@if command -v chromium >/dev/null 2>&1; then :; \
+	elif command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing Chromium from the distribution (about 400 MB on disk)"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	    || echo "Chromium could not be installed: page tests will be skipped"; \
+	else echo "no Chromium here and no right to install it: page tests will be skipped"; fi
+
+clean: ## remove what was built; data folders stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lens needs Python 3.10 or newer: make PYTHON=python3.11 …")'
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module here: apt install python3-venv"; exit 1; }
+
+$(RUN): pyproject.toml | $(VENV)/bin/python
+	@echo "installing lens into $(VENV): about 2.3 GB on disk with $(TORCH), once; a few minutes"
+	@echo "1/2  $(TORCH)"
+	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	@echo "2/2  lens, its store and its pages"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+$(DEV): $(RUN)
+	@echo "installing what the tests need: about 150 MB"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,137 @@
+"""What works here and what does not, with one line that says how to mend it.
+
+Exit code 0 when training can be recorded, 4 when it cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+
+from lens.cli.errors import DONE, MISSING
+from lens.cli.options import add_data, add_server, settings_of
+from lens.cli.reader import owner_of
+from lens.settings import Settings
+
+HELP = "what works here and what is missing"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: `state` is ok, absent (lens works without it) or broken."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    add_data(parser)
+    add_server(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look and tell."""
+    settings = settings_of(arguments)
+    checks = [_python(), _system(), _rings(settings), _server(settings), _cards(), *_packages()]
+    broken = any(check.state == "broken" for check in checks)
+    if arguments.json:
+        print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in checks]}))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            advice = f"  → {check.advice}" if check.advice else ""
+            print(f"{check.state:<7} {check.name.ljust(width)}  {check.found}{advice}")
+    return MISSING if broken else DONE
+
+
+def _python() -> Check:
+    found = f"{platform.python_implementation()} {platform.python_version()}"
+    if sys.version_info >= (3, 10) and platform.python_implementation() == "CPython":
+        return Check("python", "ok", found)
+    return Check("python", "broken", found, "use CPython 3.10 or newer")
+
+
+def _system() -> Check:
+    found = f"{platform.system()} {platform.machine()}"
+    if platform.system() == "Linux":
+        return Check("system", "ok", found)
+    return Check("system", "absent", found, "training and agent need Linux; a server runs here")
+
+
+def _rings(settings: Settings) -> Check:
+    from lens.recorder import RecorderError, private_directory
+
+    try:
+        private_directory(settings.rings)
+    except RecorderError as error:
+        return Check("rings", "broken", str(settings.rings), str(error))
+    free = shutil.disk_usage(settings.rings).free
+    found = f"{settings.rings}, {free / 2**20:.0f} MiB free, {settings.ring_mib} MiB a rank"
+    if free < 2 * settings.ring_mib * 2**20:
+        return Check("rings", "broken", found, "set LENS_RINGS to a local disk with room")
+    return Check("rings", "ok", found)
+
+
+def _server(settings: Settings) -> Check:
+    owner = owner_of(settings.data)
+    if owner:
+        return Check("server", "ok", f"{owner['url']} owns {settings.data}")
+    if settings.server:
+        return Check("server", "ok", f"{settings.server} (not asked)")
+    return Check("server", "absent", f"none owns {settings.data}", "start one with: lens serve")
+
+
+def _cards() -> Check:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+        pynvml.nvmlShutdown()
+        return Check("NVIDIA cards", "ok", str(count))
+    except ImportError:
+        return Check("NVIDIA cards", "absent", "no pynvml", "pip install nvidia-ml-py")
+    except Exception as error:  # every NVML failure, and there are many, means the same here
+        return Check("NVIDIA cards", "absent", f"none ({error})")
+
+
+PACKAGES = {
+    "torch": ("torch", "train"),
+    "chdb": ("store", "server"),
+    "fastapi": ("server", "server"),
+    "dash": ("pages", "server"),
+    "psutil": ("host metrics", "all"),
+    "zstandard": ("smaller batches", "server"),
+}
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for package, (purpose, extra) in PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            checks.append(Check(package, "absent", f"no {purpose}", f"pip install 'mistrallens[{extra}]'"))
+        else:
+            checks.append(Check(package, "ok", f"{importlib.metadata.version(package)} ({purpose})"))
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    state = "ok" if chromium else "absent"
+    checks.append(
+        Check("chromium", state, chromium or "page tests are skipped", "" if chromium else "apt install chromium")
+    )
+    checks.append(
+        Check(
+            "processors",
+            "ok",
+            str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        )
+    )
+    return checks

@@ -1,0 +1,99 @@
+"""Run a training command with lens around it: run id, server, agent; the command's own exit code comes back.
+
+    lens run -- torchrun --nproc-per-node 8 train.py
+
+Signals reach the command as they are; a command that a signal ended ends `lens run` by the same signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from lens.cli.errors import UNUSABLE, CommandError, missing_extra
+from lens.cli.options import add_data, add_server, settings_of
+from lens.cli.reader import owner_of
+from lens.settings import Settings
+
+HELP = "run a training command with lens around it"
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    add_server(parser)
+    add_data(parser)
+    parser.add_argument("--name", help="a name for people")
+    parser.add_argument("--run", help="run id (default: drawn)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command to its end."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise CommandError("no command was given", "lens run -- torchrun train.py", UNUSABLE)
+    if shutil.which(command[0]) is None:
+        raise CommandError(f"{command[0]} is not a command here", "check the spelling and PATH", UNUSABLE)
+    settings = settings_of(arguments, name=arguments.name, run=arguments.run)
+    owner = owner_of(settings.data)
+    server = settings.server or (owner or {}).get("url")
+    token = settings.read_token()
+    environment = {**os.environ, "LENS_RUN": settings.run or new_run_id()}
+    for key, value in (("LENS_SERVER", server), ("LENS_TOKEN", token), ("LENS_NAME", settings.name)):
+        if value:
+            environment[key] = value
+    environment.setdefault("LENS_DATA", str(settings.data))
+    _start_agent(settings, server, token)
+    where = server or "kept on this machine until a server is there (lens serve)"
+    print(f"lens: run {environment['LENS_RUN']} → {where}", file=sys.stderr)
+    return _pass_through(command, environment)
+
+
+def new_run_id() -> str:
+    """A run id that sorts by time and is unlikely to be drawn twice."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+
+
+def _start_agent(settings: Settings, server: str | None, token: str | None) -> None:
+    if not settings.agent:
+        return
+    try:
+        from lens.collectors.agent import ensure_agent
+    except ImportError as error:
+        raise missing_extra(error, "all") from error
+    ensure_agent(Settings.load(data=settings.data, server=server, token=token))
+
+
+def _pass_through(command: list[str], environment: dict[str, str]) -> int:
+    child = subprocess.Popen(command, env=environment)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+    previous: dict[int, Any] = {number: signal.signal(number, forward) for number in FORWARDED}
+    # Ctrl-C reaches the command from the terminal itself: it shares our process group.
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code < 0:
+        # The same end for whoever waits for us; without a core file of our own.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
