@@ -1,0 +1,366 @@
+"""NVIDIA cards through NVML, by the vendor's own Python binding.
+
+The library is opened once for the agent's life and handles are kept. A metric that a card does not give is asked
+for once, then left out and named in `lens.collector.supported` with the reason; a card that fell off the bus marks
+only itself failed. The same code reads simulated cards: `lens.collectors.simulated` puts a fake library beneath.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lens.collectors.nvidia_sources import CALLS, FIELDS, GPM, FieldRow
+from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
+from lens.collectors.simulated.profiles import find_profile
+
+GPM_INTERVAL_NS = 100_000_000
+_UNSUPPORTED = {2: "unsupported", 3: "unsupported", 4: "permission", 13: "missing_symbol", 25: "unsupported"}
+_UNSUPPORTED[26] = "unsupported"
+_LOST = frozenset((15, 16, 28))
+_TIMEOUT = 10
+_NO_DATA_YET = frozenset((_TIMEOUT, 21, 27))
+_STATES = ("ok", "degraded", "failed")
+
+
+@dataclass
+class _Card:
+    info: DeviceInfo
+    handle: Any
+    labels: Mapping[str, str]
+    max_clock: float | None
+    unsupported: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Reason by (metric, source): asked for once, left out since."""
+    errors: dict[tuple[str, int], int] = field(default_factory=dict)
+    lost: bool = False
+    gpm_sample: Any = None
+    gpm_t_ns: int = 0
+
+
+class NvidiaCollector:
+    """Readings of every NVIDIA card of this host.
+
+    Args:
+        host: the host's name; card i is called ``host/gpu<i>``.
+        simulated: whether the library beneath is a simulation; then every reading says so.
+    """
+
+    backend = "nvidia"
+
+    def __init__(self, host: str, simulated: bool = False) -> None:
+        self._host = host
+        self._simulated = simulated
+        self._nvml: Any = None
+        self._cards: list[_Card] = []
+        self._events: list[CollectorEvent] = []
+        self._event_set: Any = None
+        self._metrics_get: Any = None
+
+    def probe(self) -> Probe:
+        """Open NVML and find the cards. Never raises."""
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return Probe(False, "the package nvidia-ml-py is not installed")
+        if not hasattr(nvml, "nvmlDeviceGetFieldValues"):
+            return Probe(False, "another package named pynvml hides nvidia-ml-py: pip uninstall pynvml")
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
+            return Probe(False, f"no NVIDIA driver answers here ({error})")
+        self._nvml = nvml
+        try:
+            count = nvml.nvmlDeviceGetCount()
+        except nvml.NVMLError as error:
+            return Probe(False, f"the NVIDIA driver does not say how many cards there are ({error})")
+        for index in range(count):
+            with contextlib.suppress(nvml.NVMLError):
+                self._cards.append(self._open_card(index))
+        if not self._cards:
+            return Probe(False, "the NVIDIA driver reports no card")
+        self._register_events()
+        return Probe(True)
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """The cards that could be opened."""
+        return [card.info for card in self._cards]
+
+    def groups(self) -> Sequence[Group]:
+        """Fast for what moves with each step, slow for health and limits."""
+        return [Group("fast", 1.0), Group("slow", 15.0)]
+
+    def read(self, group: str) -> Sequence[Reading]:
+        """One reading of every card; a lost card gives its state and nothing else."""
+        readings: list[Reading] = []
+        for card in self._cards:
+            if group == "slow" and card.lost:
+                self._try_again(card)
+            if not card.lost:
+                readings += self._read_card(card, group)
+            if group == "slow" or card.lost:
+                readings += self._state(card)
+        return readings
+
+    def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
+        """Xids and lost cards; waits in the library, so call it from a thread of its own."""
+        if self._event_set is None:
+            time.sleep(timeout_s)
+        else:
+            self._wait_for_xid(timeout_s)
+        found, self._events = self._events, []
+        return found
+
+    def processes(self) -> Sequence[ProcessUse]:
+        """Compute processes by card; memory is None where the driver hides it."""
+        uses = []
+        for card in self._cards:
+            if card.lost:
+                continue
+            with contextlib.suppress(self._nvml.NVMLError):
+                for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(card.handle):
+                    uses.append(ProcessUse(int(process.pid), card.info.name, process.usedGpuMemory))
+        return uses
+
+    def close(self) -> None:
+        """Close NVML."""
+        if self._nvml is None:
+            return
+        for card in self._cards:
+            if card.gpm_sample is not None:
+                with contextlib.suppress(self._nvml.NVMLError):
+                    self._nvml.nvmlGpmSampleFree(card.gpm_sample)
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._nvml.nvmlShutdown()
+        self._nvml = None
+        self._cards = []
+
+    def _open_card(self, index: int) -> _Card:
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+        def ask(function: str, *arguments: Any, default: Any) -> Any:
+            try:
+                return getattr(nvml, function)(*arguments)
+            except nvml.NVMLError:
+                return default
+
+        model = ask("nvmlDeviceGetName", handle, default="unknown")
+        pci = ask("nvmlDeviceGetPciInfo_v3", handle, default=None)
+        memory = ask("nvmlDeviceGetMemoryInfo", handle, nvml.nvmlMemory_v2, default=None)
+        profile = find_profile(model)
+        info = DeviceInfo(
+            uuid=ask("nvmlDeviceGetUUID", handle, default=""),
+            index=index,
+            name=f"{self._host}/gpu{index}",
+            vendor="nvidia",
+            model=model,
+            pci=str(pci.busId) if pci is not None else "",
+            memory_bytes=memory.total if memory is not None else None,
+            peaks=profile.peaks() if profile else {},
+            driver=ask("nvmlSystemGetDriverVersion", default=""),
+            simulated=self._simulated,
+        )
+        max_clock = ask("nvmlDeviceGetMaxClockInfo", handle, 1, default=None)
+        return _Card(info, handle, {"simulated": "true"} if self._simulated else {}, max_clock)
+
+    def _read_card(self, card: _Card, group: str) -> list[Reading]:
+        readings: list[Reading] = []
+        for row in CALLS:
+            if row.group == group and not card.lost:
+                self._ask(card, row.metrics, row.read, readings)
+        if group == "fast" and not card.lost:
+            readings += self._read_fields(card)
+            readings += self._read_gpm(card)
+            readings += _clock_below_maximum(readings, card)
+        return [] if card.lost else readings
+
+    def _ask(
+        self,
+        card: _Card,
+        metrics: tuple[str, ...],
+        read: Callable[[Any, Any], Iterable[tuple[str, float, Mapping[str, str]]]],
+        readings: list[Reading],
+    ) -> None:
+        source = f"{read.__qualname__}{id(read)}"
+        if (metrics[0], source) in card.unsupported:
+            return
+        try:
+            values = list(read(self._nvml, card.handle))
+        except self._nvml.NVMLError as error:
+            self._failed(card, metrics, source, int(error.value))
+            return
+        t_ns = time.monotonic_ns()
+        for metric, value, labels in values:
+            readings.append(self._reading(card, metric, float(value), t_ns, labels))
+
+    def _read_fields(self, card: _Card) -> list[Reading]:
+        rows = [row for row in FIELDS if self._wanted(card, row)]
+        if not rows:
+            return []
+        try:
+            values = self._nvml.nvmlDeviceGetFieldValues(card.handle, [(r.field_id, r.scope) for r in rows])
+        except self._nvml.NVMLError as error:
+            for row in rows:
+                self._failed(card, (row.metric,), _field_source(row), int(error.value))
+            return []
+        t_ns = time.monotonic_ns()
+        readings = []
+        for row, value in zip(rows, values, strict=True):
+            if value.nvmlReturn:
+                self._failed(card, (row.metric,), _field_source(row), int(value.nvmlReturn))
+                continue
+            number = _field_number(value) * row.factor
+            readings.append(self._reading(card, row.metric, number, t_ns, row.labels))
+        return readings
+
+    def _wanted(self, card: _Card, row: FieldRow) -> bool:
+        if (row.metric, _field_source(row)) in card.unsupported:
+            return False
+        if row.instead_of is None:
+            return True
+        return any(source == f"field {row.instead_of}/0" for _, source in card.unsupported)
+
+    def _read_gpm(self, card: _Card) -> list[Reading]:
+        """Means since the last sample; nothing on the first call and on cards before Hopper."""
+        nvml, key = self._nvml, ("gpu.sm.active", "gpm")
+        if key in card.unsupported or time.monotonic_ns() - card.gpm_t_ns < GPM_INTERVAL_NS:
+            return []
+        try:
+            if card.gpm_sample is None and not nvml.nvmlGpmQueryDeviceSupport(card.handle).isSupportedDevice:
+                card.unsupported[key] = "unsupported"
+                return []
+            sample = nvml.nvmlGpmSampleGet(card.handle, nvml.nvmlGpmSampleAlloc())
+        except nvml.NVMLError as error:
+            self._failed(card, (key[0],), key[1], int(error.value))
+            return []
+        before, card.gpm_sample, card.gpm_t_ns = card.gpm_sample, sample, time.monotonic_ns()
+        if before is None:
+            return []
+        try:
+            return self._gpm_means(card, before, sample)
+        except nvml.NVMLError as error:
+            self._failed(card, (key[0],), key[1], int(error.value))
+            return []
+        finally:
+            with contextlib.suppress(nvml.NVMLError):
+                nvml.nvmlGpmSampleFree(before)
+
+    def _gpm_means(self, card: _Card, before: Any, after: Any) -> list[Reading]:
+        nvml = self._nvml
+        rows = [row for row in GPM if (row.metric, f"gpm {row.gpm_id}") not in card.unsupported]
+        question = self._metrics_get = self._metrics_get or nvml.c_nvmlGpmMetricsGet_t()
+        question.version = nvml.NVML_GPM_METRICS_GET_VERSION
+        question.numMetrics = len(rows)
+        question.sample1, question.sample2 = before, after
+        for place, row in enumerate(rows):
+            question.metrics[place].metricId = row.gpm_id
+        nvml.nvmlGpmMetricsGet(question)
+        readings = []
+        for place, row in enumerate(rows):
+            answer = question.metrics[place]
+            if answer.nvmlReturn:
+                self._failed(card, (row.metric,), f"gpm {row.gpm_id}", int(answer.nvmlReturn))
+                continue
+            value = float(answer.value) * row.factor
+            readings.append(self._reading(card, row.metric, value, card.gpm_t_ns, row.labels))
+        return readings
+
+    def _state(self, card: _Card) -> list[Reading]:
+        """1 for the state the card is in, 0 for the others; and which metrics it does not give."""
+        t_ns = time.monotonic_ns()
+        now = "failed" if card.lost else "ok"
+        found = [
+            self._reading(card, "hw.status", float(state == now), t_ns, {"hw.state": state}) for state in _STATES
+        ]
+        missing = {metric: reason for (metric, _), reason in card.unsupported.items()}
+        for metric, reason in missing.items():
+            labels = {"backend": self.backend, "metric": metric, "reason": reason}
+            found.append(self._reading(card, "lens.collector.supported", 0.0, t_ns, labels))
+        for (metric, code), count in card.errors.items():
+            labels = {"backend": self.backend, "metric": metric, "code": str(code)}
+            found.append(self._reading(card, "lens.collector.errors", float(count), t_ns, labels))
+        return found
+
+    def _failed(self, card: _Card, metrics: tuple[str, ...], source: str, code: int) -> None:
+        if code in _UNSUPPORTED:
+            for metric in metrics:
+                card.unsupported[metric, source] = _UNSUPPORTED[code]
+        elif code in _LOST:
+            self._lose(card, code)
+        elif code not in _NO_DATA_YET:
+            card.errors[metrics[0], code] = card.errors.get((metrics[0], code), 0) + 1
+
+    def _lose(self, card: _Card, code: int) -> None:
+        if card.lost:
+            return
+        card.lost = True
+        card.gpm_sample = None
+        text = f"{card.info.name} ({card.info.model}) does not answer any more (NVML error {code})"
+        self._events.append(
+            CollectorEvent("gpu.lost", "error", text, time.monotonic_ns(), card.info.name, {"code": code})
+        )
+
+    def _try_again(self, card: _Card) -> None:
+        with contextlib.suppress(self._nvml.NVMLError):
+            card.handle = self._nvml.nvmlDeviceGetHandleByIndex(card.info.index)
+            self._nvml.nvmlDeviceGetUtilizationRates(card.handle)
+            card.lost = False
+
+    def _register_events(self) -> None:
+        nvml = self._nvml
+        try:
+            events = nvml.nvmlEventSetCreate()
+            for card in self._cards:
+                nvml.nvmlDeviceRegisterEvents(card.handle, nvml.nvmlEventTypeXidCriticalError, events)
+        except nvml.NVMLError:
+            return
+        self._event_set = events
+
+    def _wait_for_xid(self, timeout_s: float) -> None:
+        try:
+            event = self._nvml.nvmlEventSetWait(self._event_set, int(timeout_s * 1000))
+        except self._nvml.NVMLError as error:
+            if error.value != _TIMEOUT:
+                self._event_set = None
+            return
+        card = next((c for c in self._cards if _same_device(c.handle, event.device)), None)
+        device = card.info.name if card else None
+        xid = int(event.eventData)
+        found = CollectorEvent(
+            "gpu.xid", "error", f"Xid {xid} on {device}", time.monotonic_ns(), device, {"xid": xid}
+        )
+        self._events.append(found)
+
+    def _reading(self, card: _Card, metric: str, value: float, t_ns: int, labels: Mapping[str, str]) -> Reading:
+        return Reading(metric, value, t_ns, {**labels, **card.labels}, device=card.info.name)
+
+
+def _clock_below_maximum(readings: list[Reading], card: _Card) -> list[Reading]:
+    """The clock by its maximum, only while the card is busy: an idle card's low clock is no throttling."""
+    found = {reading.metric: reading for reading in readings}
+    clock, busy = found.get("gpu.clock.sm"), found.get("hw.gpu.utilization")
+    if clock is None or busy is None or not card.max_clock or busy.value < 0.5:
+        return []
+    ratio = clock.value / card.max_clock
+    return [Reading("gpu.throttle.below_max.ratio", ratio, clock.t_ns, card.labels, card.info.name)]
+
+
+def _field_source(row: FieldRow) -> str:
+    return f"field {row.field_id}/{row.scope}"
+
+
+def _field_number(value: Any) -> float:
+    """The number of a field value by its type (double, uint, ulong, ulonglong, longlong, int, ushort)."""
+    union = value.value
+    members = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+    return float(getattr(union, members[value.valueType]))
+
+
+def _same_device(one: Any, other: Any) -> bool:
+    """Whether two handles, pointers to something opaque, point to the same place."""
+    return bool(other) and ctypes.addressof(one.contents) == ctypes.addressof(other.contents)

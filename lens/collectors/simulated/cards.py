@@ -1,0 +1,95 @@
+"""The simulated cards of one host: made from ``H200:2``, installed beneath pynvml, fed by the ranks on them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lens.collectors.simulated import fake_nvml
+from lens.collectors.simulated.device import Faults, SimDevice
+from lens.collectors.simulated.profiles import load_profiles
+from lens.collectors.simulated.workload import RankWorkload
+
+_STATE_STEP = 0.01
+
+
+class SimulationError(ValueError):
+    """What to simulate cannot be simulated; the message says what can."""
+
+
+class SimulatedCards:
+    """Cards of one host, named ``host/gpu0`` and so on.
+
+    Args:
+        text: card and count, such as ``H200:2``.
+        host: the host's name.
+        folder: where fault files are read and state files are written.
+
+    Raises:
+        SimulationError: no such card, or a count that is not one.
+    """
+
+    def __init__(self, text: str, host: str, folder: Path) -> None:
+        name, _, count = text.partition(":")
+        profile = load_profiles().get(name.upper())
+        nvidia = [card.name for card in load_profiles().values() if card.vendor == "nvidia"]
+        if profile is None or profile.vendor != "nvidia":
+            raise SimulationError(
+                f"cannot simulate {name!r}; cards: {', '.join(nvidia)}, such as LENS_SIMULATE=H200:2"
+            )
+        if count and not 0 < int(count if count.isdigit() else 0) <= 64:
+            raise SimulationError(f"{count!r} is not a number of cards; use LENS_SIMULATE={profile.name}:2")
+        self._folder = folder
+        self.cards: dict[str, SimDevice] = {}
+        for index in range(int(count or 1)):
+            device = f"{host}/gpu{index}"
+            identity = uuid.uuid5(uuid.NAMESPACE_URL, f"lens:{device}")
+            self.cards[device] = SimDevice(profile, f"GPU-{identity}", index)
+        self._published: dict[str, float] = {}
+        self.library = fake_nvml.install(list(self.cards.values()))
+
+    def workload(self, about: Mapping[str, Any], local_ranks: Iterable[int]) -> RankWorkload | None:
+        """Where a rank's slots go; None when it runs on none of these cards."""
+        card = self.cards.get(str(about.get("device")))
+        return RankWorkload(card, about, frozenset(local_ranks)) if card else None
+
+    def advance(self, now_ns: int, memory: Mapping[str, list[tuple[int, int]]]) -> None:
+        """Let time go on; `memory` holds (pid, bytes) of the processes on each card."""
+        for name, card in self.cards.items():
+            self._read_faults(name, card)
+            card.use_memory(memory.get(name, []))
+            card.advance(now_ns)
+            self._publish(name, card)
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self._folder / f"{name.replace('/', '_')}.{kind}.json"
+
+    def _read_faults(self, name: str, card: SimDevice) -> None:
+        try:
+            faults = Faults.from_file(json.loads(self._file(name, "fault").read_text()))
+        except FileNotFoundError:
+            faults = Faults()
+        except (OSError, ValueError, TypeError):
+            # Seen half written: what was known stays until the next look.
+            return
+        if faults.xid is not None and faults.xid != card.faults.xid:
+            self.library.report_xid(card.index, faults.xid)
+        card.faults = faults
+
+    def _publish(self, name: str, card: SimDevice) -> None:
+        """Tell the trainer how fast its card is, when that changed: the story holds from card to step time."""
+        factor = round(card.speed_factor / _STATE_STEP) * _STATE_STEP
+        if factor == self._published.get(name, 1.0):
+            return
+        target = self._file(name, "state")
+        partial = target.with_suffix(".new")
+        try:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"speed_factor": factor}))
+            partial.replace(target)
+        except OSError:
+            return
+        self._published[name] = factor
