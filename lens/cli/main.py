@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import agent, demo, diagnose, doctor, list_runs, run, serve
+from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, run, serve
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
@@ -21,6 +21,7 @@ VERBS: dict[str, ModuleType] = {
     "agent": agent,
     "list": list_runs,
     "diagnose": diagnose,
+    "postmortem": postmortem,
     "doctor": doctor,
 }
 
