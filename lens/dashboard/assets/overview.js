@@ -1,0 +1,73 @@
+// The overview's numbers of now, above its charts.
+
+import { drawVerdict } from "./verdict.js";
+import { element, replace } from "./dom.js";
+import { integer, quantity, rankName } from "./format.js";
+import { tokenRate } from "./panels.js";
+
+export class Overview {
+  constructor(root, app) {
+    this.root = root;
+    this.app = app;
+  }
+
+  sources() {
+    return ["step.duration", "step.tokens", "train.loss"];
+  }
+
+  draw() {
+    const { session } = this.app;
+    drawVerdict(this.root.querySelector("#verdict"), session);
+    const tiles = [stepTime(session), throughput(session), loss(session), progress(session)];
+    replace(this.root.querySelector("#numbers"), JSON.stringify(tiles), () => tiles.map(tile));
+  }
+}
+
+function tile({ label, value, detail, missing }) {
+  return element("div", { class: "lens-tile", "data-missing": missing }, element("span", { class: "lens-tile-label" }, label), element("strong", {}, value), element("span", { class: "lens-tile-detail" }, detail));
+}
+
+function stepTime(session) {
+  const label = "Step time";
+  const { matrix, unit, reason } = session.source("step.duration");
+  const column = matrix ? matrix.newest() : -1;
+  if (column < 0) return { label, value: "n/a", detail: reason || "no step has ended yet", missing: true };
+  const { median } = matrix.reduce();
+  const slowest = matrix.rows.reduce((worst, row) => (row.mean[column] > (worst?.mean[column] ?? -Infinity) ? row : worst), null);
+  return { label, value: quantity(median[column], unit ?? "s"), detail: `${zoomed(session, matrix, column)}slowest: ${rankName(slowest.rank)}, ${quantity(slowest.max[column], unit ?? "s")}` };
+}
+
+function throughput(session) {
+  const label = "Throughput";
+  const [tokens, durations] = [session.source("step.tokens"), session.source("step.duration")];
+  if (!tokens.matrix?.rows.length || !durations.matrix) return { label, value: "n/a", detail: tokens.reason || "no token counts reported", missing: true };
+  const [, rates] = tokenRate(tokens.matrix, durations.matrix);
+  const known = rates.filter((rate) => rate !== null).slice(-20);
+  if (!known.length) return { label, value: "n/a", detail: "no complete step yet", missing: true };
+  const mean = known.reduce((sum, rate) => sum + rate, 0) / known.length;
+  return { label, value: quantity(mean, "{token}/s"), detail: `mean of the last${session.range ? " visible" : ""} ${known.length === 1 ? "step" : `${known.length} steps`}` };
+}
+
+function loss(session) {
+  const label = "Training loss";
+  const { matrix, reason } = session.source("train.loss");
+  if (matrix?.notFinite !== null && matrix?.notFinite !== undefined) return { label, value: "NaN", detail: `not finite since step ${integer(matrix.notFinite)}` };
+  const column = matrix ? matrix.newest() : -1;
+  if (column < 0) return { label, value: "n/a", detail: reason || "no loss reported", missing: true };
+  const { median } = matrix.reduce();
+  const first = median.find((value) => value !== null);
+  return { label, value: quantity(median[column], "", 4), detail: `${zoomed(session, matrix, column)}from ${quantity(first, "", 4)} at the first visible step` };
+}
+
+/** When zoomed, numbers are those of the last visible step: say so. */
+function zoomed(session, matrix, column) {
+  return session.range ? `at step ${integer(matrix.stepOf(column))}, ` : "";
+}
+
+function progress(session) {
+  const { meta, lastStep } = session;
+  const [reporting, all] = [session.reporting, meta?.world_size];
+  const whole = all === null || all === undefined ? "" : ` of ${all}`;
+  const detail = session.state === "ended" ? `run ended · ${all ?? "n/a"} ranks` : reporting === null ? "no rank reports" : `${reporting}${whole} ranks reporting`;
+  return { label: "Last step", value: lastStep === null ? "n/a" : integer(lastStep), detail, missing: lastStep === null };
+}

@@ -1,0 +1,8 @@
+"""One file a page. A new page is a module here with a `PAGE`, and its line in `PAGES`."""
+
+from __future__ import annotations
+
+from lens.dashboard.pages import overview, ranks, runs
+from lens.dashboard.pages.page import Page
+
+PAGES: tuple[Page, ...] = (runs.PAGE, overview.PAGE, ranks.PAGE)

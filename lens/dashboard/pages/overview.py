@@ -1,0 +1,58 @@
+"""Overview: the verdict in one sentence, then the few pictures that show whether it is true."""
+
+from __future__ import annotations
+
+import dash_mantine_components as dmc
+from dash import html
+from dash.development.base_component import Component
+
+from lens.dashboard.components import grid, panel, slot
+from lens.dashboard.pages.page import Page
+
+
+def layout() -> list[Component]:
+    """Verdict, numbers of now, charts, ledger."""
+    return [
+        html.Section(
+            [slot("verdict", "lens-verdict", **{"aria-live": "polite"})],
+            **{"aria-label": "Verdict"},
+        ),
+        slot("numbers", "lens-numbers"),
+        panel(
+            "band",
+            "Time per step",
+            "The line is the median rank; the band reaches up to the slowest. A wide band: ranks wait for one.",
+            identifier="step-time",
+            metric="step.duration",
+            height=240,
+            wide=True,
+        ),
+        grid(
+            panel(
+                "rate",
+                "Tokens per second",
+                "Tokens of all ranks in a step, divided by the time of its slowest rank.",
+                identifier="tokens",
+                metric="step.tokens",
+            ),
+            panel(
+                "line",
+                "Training loss",
+                "As the run reports it; a gap means that no value was reported.",
+                identifier="loss",
+                metric="train.loss",
+            ),
+        ),
+        panel(
+            "ledger",
+            "Where the time went",
+            "Every second of every rank, by what it was spent on. The parts add up to the whole.",
+            identifier="ledger",
+            height=0,
+            wide=True,
+        ),
+        dmc.Space(h="lg"),
+    ]
+
+
+PAGE = Page(name="overview", title="Overview", path="", key="o", layout=layout)
