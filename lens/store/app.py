@@ -1,0 +1,95 @@
+"""The HTTP application: routes, errors, access, and everything that lives as long as the server does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Match
+
+from lens.settings import Settings
+
+from . import ingest, live, reads
+from .access import Access, Guard, guard_of, token_of
+from .folder import DataFolder, Limits
+from .ingest import Ingest
+from .live import LiveFeed
+from .query import Query
+from .replies import error_reply, install_error_handlers, json_reply
+from .verdicts import Verdicts
+from .worker import DiagnosisWorker
+
+_ROUTERS = (ingest.router, reads.router, live.router)
+_ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def create_app(
+    settings: Settings,
+    *,
+    store: DataFolder | None = None,
+    limits: Limits | None = None,
+    guard: Guard | None = None,
+    hosts: Iterable[str] = (),
+) -> FastAPI:
+    """The application for a data folder.
+
+    `store` is the folder, if it is open already; the application closes it when it ends. `guard` says who may ask;
+    without it, those of this machine who know the token of the folder, by the usual names and `hosts`.
+
+    Raises:
+        StoreError: the token file cannot be kept.
+    """
+    rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        folder = store
+        if folder is None:
+            folder = await anyio.to_thread.run_sync(DataFolder, settings.data, limits)
+        worker = DiagnosisWorker()
+        app.state.folder, app.state.live = folder, LiveFeed()
+        app.state.query = Query(folder, worker.evaluate)
+        verdicts = Verdicts(app.state.query, app.state.live)
+        app.state.ingest = Ingest(folder, app.state.live, verdicts)
+        verdicts.start()
+        try:
+            yield
+        finally:
+            verdicts.stop()
+            worker.close()
+            await anyio.to_thread.run_sync(folder.close)
+
+    # No /docs: that page would load scripts from elsewhere.
+    app = FastAPI(title="lens", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    install_error_handlers(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.add_api_route("/healthz", _health, methods=["GET"], summary="Whether the server works", tags=["server"])
+    # Pages are attached later and answer any path: what is unknown under /api must not reach them.
+    app.add_api_route("/api/{path:path}", _unknown, methods=_ALL_METHODS, include_in_schema=False)
+    app.add_middleware(Access, guard=rules)
+    return app
+
+
+def _health(request: Request) -> Response:
+    """No token needed, nothing told but whether records can be taken and read."""
+    failure = request.app.state.folder.applier.failure
+    if failure:
+        return error_reply(503, "the database takes nothing at the moment", "see the server's log")
+    return json_reply({"status": "ok"})
+
+
+def _unknown(request: Request) -> Response:
+    """404, or 405 where the path exists for another method."""
+    allowed: set[str] = set()
+    for router in _ROUTERS:
+        for route in router.routes:
+            if route.matches(request.scope)[0] is Match.PARTIAL:
+                allowed |= getattr(route, "methods", None) or set()
+    if allowed:
+        raise HTTPException(405, headers={"allow": ", ".join(sorted(allowed))})
+    raise HTTPException(404)

@@ -1,0 +1,285 @@
+"""Values for charts: envelopes of lines and pooled heat maps. Nothing is averaged away: a spike of one step in a
+million stays the maximum of its bucket."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lens.records import word
+from lens.tables import Column
+
+from .engine import Store
+from .errors import BadQueryError
+from .registry import Registry
+from .relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
+from .runs import Run
+from .schema import STEP_BUCKET, TIME_BUCKET_NS
+
+MOST_CELLS = 4_000_000
+"""Largest answer: series × points, or rows × columns."""
+AXIS_COLUMN = {"step": "step", "time": "t_ns"}
+_BUCKET = {"step": STEP_BUCKET, "time": TIME_BUCKET_NS}
+POOLS = {"max": "max", "mean": "avg", "min": "min"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of an axis that is asked for, and in how many pieces. Steps, or Unix ns."""
+
+    start: int | None = None
+    stop: int | None = None
+    """The last step or time, included."""
+    pieces: int = 1000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Buckets of equal width over a closed range."""
+
+    low: int
+    high: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        """Buckets."""
+        return (self.high - self.low) // self.width + 1
+
+
+class Charts:
+    """Answers for one data folder."""
+
+    def __init__(self, store: Store, registry: Registry) -> None:
+        self._store, self._registry = store, registry
+
+    def series(self, run: Run, selection: Selection, window: Window, axis: str | None) -> dict[str, Any]:
+        """Envelope of every selected series.
+
+        Returns:
+            metric, unit, axis, from, to, width and series: [{rank, host, device, labels, x, min, max, mean,
+            count}], sorted by rank. x is the first step (or time) of a bucket. `odd` counts values that are no
+            finite number, in series that have such.
+        Raises:
+            BadQueryError: an answer too large.
+        """
+        axis = axis or natural_axis(self._store, self._registry, run.number, selection.metric)
+        reply: dict[str, Any] = {"metric": selection.metric, "unit": unit_of(selection.metric), "axis": axis}
+        relation = relation_of(self._store, self._registry, run.number, selection, axis)
+        grid = None if relation is None else self._grid(relation, window, axis)
+        if relation is None or grid is None:
+            return {**reply, "from": window.start, "to": window.stop, "width": 1, "series": []}
+        table = self._store.query(_envelope_sql(relation, grid, axis))
+        if table.num_rows > MOST_CELLS:
+            raise _too_large(table.num_rows)
+        columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "key"}
+        series = _split(table.column("key").to_pylist(), columns, grid, relation)
+        return {**reply, "from": grid.low, "to": grid.high, "width": grid.width, "series": series}
+
+    def heatmap(
+        self, run: Run, selection: Selection, window: Window, rows: str, pool: str
+    ) -> tuple[dict[str, Any], Column]:
+        """Map of a metric over steps (or time): its header, and its values [rows, columns] as float32.
+
+        NaN in the values means that nothing was reported, infinity that what was reported is no finite number.
+
+        Raises:
+            BadQueryError: unknown kind of rows or pool, or an answer too large.
+        """
+        if pool not in POOLS:
+            raise BadQueryError(f"pool: {pool!r} is unknown", f"use one of {', '.join(POOLS)}")
+        axis = natural_axis(self._store, self._registry, run.number, selection.metric)
+        relation = self._rows_relation(run, selection, rows, axis)
+        grid = None if relation is None else self._grid(relation, window, axis)
+        header: dict[str, Any] = {
+            "metric": selection.metric, "unit": unit_of(selection.metric), "row_kind": rows, "axis": axis,
+        }  # fmt: skip
+        if relation is None or grid is None:
+            empty: dict[str, Any] = {"rows": [], "from": window.start, "to": window.stop, "width": 1, "columns": 0}
+            return {**header, **empty}, np.empty((0, 0), "<f4")
+        found = self._store.query(_heatmap_sql(relation, grid, axis, rows, POOLS[pool]))
+        columns = {name: found.column(name).to_numpy() for name in ("bucket", "pooled", "finite")}
+        names, places = _row_names(rows, found.column("row").to_pylist(), relation, run, selection)
+        if len(names) * grid.count > MOST_CELLS:
+            raise _too_large(len(names) * grid.count)
+        values = np.full((len(names), grid.count), np.nan, "<f4")
+        cells = np.where(columns["finite"] > 0, columns["pooled"], np.inf)
+        pooled = np.fmin if pool == "min" else np.fmax
+        pooled.at(values, (places, columns["bucket"]), cells.astype("<f4"))
+        bounds = {"from": grid.low, "to": grid.high, "width": grid.width, "columns": grid.count}
+        return {**header, "rows": names, **bounds}, values
+
+    def _rows_relation(self, run: Run, selection: Selection, rows: str, axis: str) -> Relation | None:
+        if rows == "expert":
+            return self._experts(run, selection)
+        if rows in ("rank", "device"):
+            return relation_of(self._store, self._registry, run.number, selection, axis)
+        raise BadQueryError(f"rows: {rows!r} is unknown", "use rank, device or expert")
+
+    def _experts(self, run: Run, selection: Selection) -> Relation | None:
+        """Vectors over experts, summed over the ranks that report; key is layer and expert."""
+        if not selection.metric.startswith(NOT_OVER_RANKS):
+            raise BadQueryError(f"{selection.metric} has no experts", "rows=expert is for moe.* vectors")
+        labels = {key: value for key, value in selection.labels.items() if key != "layer"}
+        bare = Selection(selection.metric, selection.ranks, selection.device, selection.host, labels)
+        mids = [s.mid for s in self._registry.series(run.number, selection.metric) if bare.takes(s)]
+        if not mids:
+            return None
+        layer = selection.labels.get("layer")
+        if layer is not None and not layer.isdigit():
+            raise BadQueryError(f"label.layer: {layer!r} is no layer", "give a whole number")
+        where = f"run = {run.number} AND mid IN ({', '.join(map(str, mids))}) AND step >= 0"
+        where += f" AND layer = {layer}" if layer is not None else ""
+        # Sent summed over ranks (rank -1), or by every rank: never both added up.
+        summed = self._store.scalar(f"SELECT count() FROM lens.vectors WHERE {where} AND rank = -1")
+        where += f" AND {'rank = -1' if summed else selection.rank_filter()}"
+        sql = (
+            "SELECT concat(toString(layer), ' ', toString(place - 1)) AS key, toInt32(-1) AS rank, step, "
+            "max(t_ns) AS t_ns, sum(value) AS value FROM lens.vectors "
+            f"ARRAY JOIN values AS value, arrayEnumerate(values) AS place WHERE {where} GROUP BY layer, place, step"
+        )
+        return Relation(sql, {})
+
+    def _grid(self, relation: Relation, window: Window, axis: str) -> Grid | None:
+        """The buckets for a window over what there is; None if there is nothing in it."""
+        if window.pieces < 1:
+            raise BadQueryError("points and columns: at least 1", "leave them out for 1000")
+        column = AXIS_COLUMN[axis]
+        low, high = window.start, window.stop
+        if low is None or high is None:
+            coarse = relation.extent
+            exact = coarse is None or (coarse[1] - coarse[0]) // window.pieces < 2 * _BUCKET[axis]
+            if exact:
+                row = self._store.query(
+                    f"SELECT min({column}) AS low, max({column}) AS high, count() AS rows FROM ({relation.sql})"
+                ).to_pylist()[0]
+                if not row["rows"]:
+                    return None
+                coarse = (row["low"], row["high"])
+            assert coarse is not None
+            low = coarse[0] if low is None else low
+            high = coarse[1] if high is None else high
+        if low > high:
+            return None
+        width = max(1, -(-(high - low + 1) // window.pieces))
+        if relation.rollup is not None and width >= 2 * _BUCKET[axis]:
+            # Whole buckets of the roll-up: it answers instead of the samples.
+            bucket = _BUCKET[axis]
+            width, low = -(-width // bucket) * bucket, low // bucket * bucket
+            high = (high // bucket + 1) * bucket - 1
+        return Grid(low, high, width)
+
+
+def unit_of(metric: str) -> str | None:
+    """Unit of a metric of the catalogue; None for a user's own."""
+    from lens import catalogue
+
+    known = catalogue.get(metric)
+    return known.unit if known is not None else None
+
+
+def heatmap_json(header: dict[str, Any], values: Column) -> dict[str, Any]:
+    """The map as a JSON object; absent is null."""
+    lists = [[None if np.isnan(v) else word(float(v)) if np.isfinite(v) else "NaN" for v in row] for row in values]
+    return {**header, "values": lists}
+
+
+def heatmap_binary(header: dict[str, Any], values: Column) -> bytes:
+    """The map as bytes: u32 length of the header, JSON header padded to 8 bytes, float32 row by row."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 4) % 8)
+    return b"".join((struct.pack("<I", len(text)), text, np.ascontiguousarray(values, "<f4").tobytes()))
+
+
+def _envelope_sql(relation: Relation, grid: Grid, axis: str) -> str:
+    tail = "GROUP BY key, rank, bucket ORDER BY rank, key, bucket"
+    bucket = _BUCKET[axis]
+    if relation.rollup is not None and grid.width % bucket == 0 and grid.low % bucket == 0:
+        low, high, width = grid.low // bucket, grid.high // bucket, grid.width // bucket
+        return (
+            f"SELECT key, rank, intDiv(r.bucket - {low}, {width}) AS bucket, "
+            "min(r.min) AS low, max(r.max) AS high, "
+            "sum(r.sum) AS total, sum(r.count) AS finite, sum(r.odd) AS odd, toFloat64(nan) AS odd_value "
+            f"FROM ({relation.rollup}) AS r WHERE r.bucket BETWEEN {low} AND {high} {tail}"
+        )
+    column = AXIS_COLUMN[axis]
+    return (
+        f"SELECT key, rank, intDiv({column} - {grid.low}, {grid.width}) AS bucket, "
+        "min(if(isFinite(value), value, inf)) AS low, max(if(isFinite(value), value, -inf)) AS high, "
+        "sumIf(value, isFinite(value)) AS total, countIf(isFinite(value)) AS finite, "
+        "countIf(NOT isFinite(value)) AS odd, anyLastIf(value, NOT isFinite(value)) AS odd_value "
+        f"FROM ({relation.sql}) WHERE {column} BETWEEN {grid.low} AND {grid.high} {tail}"
+    )
+
+
+def _heatmap_sql(relation: Relation, grid: Grid, axis: str, rows: str, pool: str) -> str:
+    column = AXIS_COLUMN[axis]
+    row = "rank" if rows == "rank" else "key"
+    inner = f"SELECT {row} AS row, {column} AS place, value FROM ({relation.sql})"
+    return (
+        f"SELECT row, intDiv(place - {grid.low}, {grid.width}) AS bucket, "
+        f"{pool}If(value, isFinite(value)) AS pooled, countIf(isFinite(value)) AS finite "
+        f"FROM ({inner}) WHERE place BETWEEN {grid.low} AND {grid.high} GROUP BY row, bucket"
+    )
+
+
+def _row_names(
+    kind: str, keys: list[Any], relation: Relation, run: Run, selection: Selection
+) -> tuple[list[Any], Column]:
+    """Names of the map's rows, and the row of each key found."""
+    if kind == "rank":
+        expected = selection.ranks or range(run.world_size or 0)
+        named: list[Any] = sorted({*keys, *expected})
+        labels = {rank: rank for rank in named}
+    elif kind == "device":
+        labels = {key: relation.names[key].device for key in set(keys)}
+        named = sorted(set(labels.values()), key=lambda device: device or "")
+    else:
+        pairs = sorted({tuple(map(int, key.split())) for key in keys})
+        labels = {f"{layer} {expert}": f"layer{layer}/expert{expert}" for layer, expert in pairs}
+        named = list(labels.values())
+    places = {name: index for index, name in enumerate(named)}
+    return named, np.array([places[labels[key]] for key in keys], np.intp)
+
+
+def _split(keys: list[Any], columns: dict[str, Column], grid: Grid, relation: Relation) -> list[dict[str, Any]]:
+    """One entry a series; the rows come sorted by rank and key."""
+    codes = np.unique(keys, return_inverse=True)[1] if keys else np.empty(0, int)
+    changes = np.flatnonzero((np.diff(codes) != 0) | (np.diff(columns["rank"]) != 0)) + 1
+    bounds = [0, *changes.tolist(), len(keys)] if keys else [0]
+    result = []
+    for start, stop in itertools.pairwise(bounds):
+        part = {name: values[start:stop] for name, values in columns.items()}
+        name, rank = relation.names[keys[start]], int(part["rank"][0])
+        finite = part["finite"]
+        means = part["total"] / np.maximum(finite, 1)
+        entry: dict[str, Any] = {
+            "rank": None if rank < 0 else rank,
+            "host": name.host,
+            "device": name.device,
+            "labels": name.labels,
+            "x": (grid.low + part["bucket"] * grid.width).tolist(),
+        }
+        for label, values in (("min", part["low"]), ("max", part["high"]), ("mean", means)):
+            entry[label] = _words(np.where(finite > 0, values, part["odd_value"]))
+        entry["count"] = (finite + part["odd"]).tolist()
+        if part["odd"].any():
+            entry["odd"] = part["odd"].tolist()
+        result.append(entry)
+    return result
+
+
+def _words(values: Column) -> list[Any]:
+    listed = values.tolist()
+    return listed if np.isfinite(values).all() else [word(value) for value in listed]
+
+
+def _too_large(cells: int) -> BadQueryError:
+    return BadQueryError(
+        f"the answer would hold {cells} values, more than {MOST_CELLS}", "ask for fewer ranks, points or columns"
+    )

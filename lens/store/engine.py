@@ -1,0 +1,145 @@
+"""The database behind the store: `Store(dsn)` runs SQL and inserts columns; it knows nothing of records.
+
+The embedded engine is chDB (ClickHouse in this process). One process owns a path; a fork would hang the child's
+first query, so nothing here may be inherited by one. chDB is imported when a store is opened, not with this module.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .errors import StoreError
+from .schema import MIGRATIONS, TARGETS
+
+CHDB_PREFIX = "chdb://"
+READERS = 4
+# One insert must become one part, whatever its size: only then is it there as a whole or not at all.
+_ONE_PART = (
+    " SETTINGS max_threads = 1, max_insert_threads = 1, min_insert_block_size_rows = 1000000000000,"
+    " min_insert_block_size_bytes = 0, max_partitions_per_insert_block = 0"
+)
+
+
+class Store:
+    """One database, with its schema brought up to date. Thread-safe: each query takes a session of its own.
+
+    Raises:
+        StoreError: the address is of no known kind, the path cannot be opened, or a newer lens wrote it.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        if not dsn.startswith(CHDB_PREFIX):
+            raise StoreError(f"cannot open a store at {dsn!r}", "use chdb:///path")
+        self.path = Path(dsn[len(CHDB_PREFIX) :])
+        self._sessions: list[Any] = []
+        self._readers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._write_lock = threading.Lock()
+        try:
+            self._writer = self._open_session()
+            for _ in range(READERS):
+                self._readers.put(self._open_session())
+            self._migrate()
+        except StoreError:
+            self.close()
+            raise
+        except Exception as error:
+            # chDB raises bare RuntimeError and its own classes; whichever it is, the folder cannot be used.
+            self.close()
+            raise StoreError(f"the database in {self.path} cannot be opened: {error}") from error
+
+    def query(self, sql: str) -> pa.Table:
+        """The rows of a SELECT, as columns.
+
+        Raises:
+            StoreError: the database refuses or fails.
+        """
+        with self._reader() as session:
+            return _run(session, sql, "ArrowTable")
+
+    def scalar(self, sql: str) -> Any:
+        """The first value of a SELECT, None when it has no row."""
+        table = self.query(sql)
+        return table.column(0)[0].as_py() if table.num_rows else None
+
+    def command(self, sql: str) -> None:
+        """Run a statement that gives no rows."""
+        with self._write_lock:
+            _run(self._writer, sql, "Null")
+
+    def insert(self, target: str, rows: pa.Table) -> None:
+        """Fill one table of `schema.TARGETS` from these rows, as a single part.
+
+        Raises:
+            StoreError: the database refuses or fails; nothing or everything of the rows is in the table.
+        """
+        _, columns, select = TARGETS[target]
+        with self._write_lock:
+            _run(self._writer, f"INSERT INTO lens.{target} ({columns}) {select}{_ONE_PART}", "Null", rows)
+
+    def newest_blocks(self) -> dict[str, int]:
+        """Number of the newest block inserted into each table; a table never filled is absent.
+
+        Every insert takes the next number, merging keeps it: this tells whether an insert has happened.
+        """
+        found = self.query(
+            "SELECT table, max(max_block_number) AS newest FROM system.parts WHERE database = 'lens' GROUP BY table"
+        )
+        return {row["table"]: row["newest"] for row in found.to_pylist()}
+
+    def close(self) -> None:
+        """Closes every session; the path is free afterwards."""
+        while self._sessions:
+            self._sessions.pop().close()
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        session = self._readers.get()
+        try:
+            yield session
+        finally:
+            self._readers.put(session)
+
+    def _open_session(self) -> Any:
+        from chdb import session
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        opened = session.Session(str(self.path.resolve()))
+        self._sessions.append(opened)
+        return opened
+
+    def _migrate(self) -> None:
+        self.command("CREATE DATABASE IF NOT EXISTS lens")
+        self.command(
+            "CREATE TABLE IF NOT EXISTS lens.migrations (version UInt32) ENGINE = MergeTree ORDER BY version"
+        )
+        done = int(self.scalar("SELECT max(version) FROM lens.migrations") or 0)
+        if done > len(MIGRATIONS):
+            raise StoreError(
+                f"{self.path} was written by a newer lens (schema {done}, this one knows {len(MIGRATIONS)})",
+                "upgrade lens, or use another data folder",
+            )
+        for version, statements in enumerate(MIGRATIONS[done:], done + 1):
+            for statement in statements:
+                self.command(statement)
+            self.command(f"INSERT INTO lens.migrations VALUES ({version})")
+
+
+def quote(text: str) -> str:
+    """The text as an SQL literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _run(session: Any, sql: str, output: str, rows: pa.Table | None = None) -> Any:
+    # `rows` is not unused: chDB finds the table of Python(rows) by its name in this frame.
+    try:
+        return session.query(sql, output)
+    except Exception as error:
+        # chDB has no class of its own for a refused query.
+        raise StoreError(f"the database refused: {str(error)[:500]}") from error

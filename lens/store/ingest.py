@@ -1,0 +1,142 @@
+"""How records come in: POST /api/v1/runs and POST /api/v1/runs/{run}/records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+from fastapi import APIRouter, Header, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from .decode import CONTENT_TYPES, NDJSON, decode
+from .encodings import unpack
+from .errors import UndecodableError, UnknownRunError
+from .folder import DataFolder
+from .live import LiveFeed
+from .replies import HttpError, json_reply
+from .verdicts import Verdicts
+
+router = APIRouter(prefix="/api/v1", tags=["ingest"])
+
+MOST_DRAINED = 1 << 30
+"""Bytes of a body over the limit that are still read, so that the sender gets the answer and not a reset."""
+WORKERS = 4
+"""Batches decoded and written at the same time."""
+
+
+class Ingest:
+    """What ingest needs of the server."""
+
+    def __init__(self, folder: DataFolder, live: LiveFeed, verdicts: Verdicts) -> None:
+        self.folder, self.live, self.verdicts = folder, live, verdicts
+        self.requests = 0
+        self.workers = anyio.CapacityLimiter(WORKERS)
+
+
+@router.post("/runs", status_code=201, summary="Describe a run; merged with what is known of it")
+async def describe_run(request: Request) -> Response:
+    """201 for a new run, 200 for a known one; the reply is the run as it is known now."""
+    ingest: Ingest = request.app.state.ingest
+    _content_type(request, ("application/json",))
+    body = await _body(request, ingest.folder.limits.body)
+    try:
+        described = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UndecodableError(
+            f"the body is not JSON: {error}", 'send {"run": "my-run", "world_size": 4}'
+        ) from error
+    run, is_new = await anyio.to_thread.run_sync(ingest.folder.describe_run, described, limiter=ingest.workers)
+    return json_reply(run.described, 201 if is_new else 200)
+
+
+@router.post("/runs/{run}/records", summary="Send records; answered when they are on disk")
+async def take_records(
+    request: Request,
+    run: str,
+    lens_source: Annotated[
+        str | None, Header(description="Who sends; with the sequence it names the batch")
+    ] = None,
+    lens_sequence: Annotated[int | None, Header(ge=0, lt=2**63, description="Grows by one each batch")] = None,
+) -> Response:
+    """NDJSON, Arrow IPC stream or recorder slots; gzip or zstd. A batch sent again is stored once."""
+    ingest: Ingest = request.app.state.ingest
+    content_type = _content_type(request, tuple(CONTENT_TYPES))
+    if (lens_source is None) != (lens_sequence is None):
+        raise HttpError(400, "Lens-Source and Lens-Sequence go together", "send both, or neither")
+    if lens_source is not None and not 0 < len(lens_source) <= 256:
+        raise HttpError(400, "Lens-Source: 1 to 256 characters", "use a name such as agent:host1:4711")
+    limits = ingest.folder.limits
+    if ingest.requests >= limits.requests:
+        raise HttpError(429, "too many batches at the same time", "send the batch again in a moment")
+    ingest.requests += 1
+    try:
+        body = await _body(request, limits.body)
+        encoding = request.headers.get("content-encoding", "")
+
+        def take() -> dict[str, Any]:
+            return _take(ingest, run, body, content_type, encoding, lens_source, lens_sequence)
+
+        return json_reply(await anyio.to_thread.run_sync(take, limiter=ingest.workers))
+    finally:
+        ingest.requests -= 1
+
+
+def _take(
+    ingest: Ingest,
+    run: str,
+    body: bytes,
+    content_type: str,
+    encoding: str,
+    source: str | None,
+    sequence: int | None,
+) -> dict[str, Any]:
+    folder = ingest.folder
+    known = folder.registry.find(run) is not None
+    if not known and content_type != NDJSON:
+        raise UnknownRunError(run)
+    decoded = decode(unpack(body, encoding, folder.limits.unpacked), content_type)
+    if not known and not any(described.get("run") == run for described in decoded.runs):
+        # A file of records may describe its run in its first line; without that nobody knows the run.
+        raise UnknownRunError(run)
+    receipt = folder.ingest(run, body, content_type, encoding, decoded, source, sequence)
+    if not receipt.duplicate:
+        ingest.live.publish(run, decoded.tables)
+        ingest.verdicts.mark(run)
+    reply: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
+    if receipt.rejected_count > len(receipt.rejected):
+        reply["rejected_count"] = receipt.rejected_count
+    return reply
+
+
+def _content_type(request: Request, accepted: tuple[str, ...]) -> str:
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given not in accepted:
+        raise HttpError(415, f"content type {given or 'missing'!r} is not taken here", f"use {', '.join(accepted)}")
+    return given
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body.
+
+    Raises:
+        HttpError: 413, it is over the limit; 400, the sender went away.
+    """
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            elif size > MOST_DRAINED:
+                break
+            else:
+                parts.clear()
+    except ClientDisconnect as error:
+        raise HttpError(400, "the body was cut short", "send it again") from error
+    if size > limit:
+        raise HttpError(413, f"the body is larger than {limit >> 20} MiB", "send it in smaller batches")
+    return b"".join(parts)

@@ -1,0 +1,318 @@
+"""The one door for reads: dashboard, CLI, Python API, diagnosis and HTTP ask `Query`; nobody else knows the schema.
+
+Every method first waits until what has been acknowledged can be read, so a reader always sees its own writes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lens.records import word
+from lens.slots import NULL
+from lens.tables import SCHEMA, Tables
+
+from .charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
+from .errors import BadQueryError, StoreError, UnknownStepError
+from .folder import DataFolder
+from .readback import read_tables
+from .relations import PHASE_DURATION, STEP_DURATION, Selection
+from .runs import Run
+
+Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[dict[str, Any]]]
+"""Runs functions of `lens.diagnosis`, given by name, on the same records."""
+DIAGNOSIS, LEDGER = "diagnose", "ledger"
+_KEPT_ANSWERS = 64
+_MOST_SPANS = 5000
+
+
+def evaluate_here(
+    names: Sequence[str], run: dict[str, Any], tables: Tables, upto_step: int | None
+) -> list[dict[str, Any]]:
+    """Run functions of `lens.diagnosis` in this process."""
+    from lens import diagnosis
+
+    return [getattr(diagnosis, name)(run, tables, upto_step) for name in names]
+
+
+class Query:
+    """Reads of one data folder. Methods block; they are thread-safe, and raise:
+
+    UnknownRunError: no run of that id. BadQueryError: a question that cannot be answered. StoreBehindError:
+    acknowledged records have not reached the database in time.
+    """
+
+    def __init__(self, folder: DataFolder, evaluate: Evaluate = evaluate_here) -> None:
+        self._folder = folder
+        self._charts = Charts(folder.store, folder.registry)
+        self._evaluate = evaluate
+        self._answers: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
+        self._answers_lock = threading.Lock()
+
+    @classmethod
+    def open_folder(cls, path: Path | str) -> Query:
+        """Reads of a folder that no server owns; what a crash left in its log is put into the database first.
+
+        Raises:
+            FolderOwnedError: a server owns it; its `url` answers instead.
+            StoreError: there is no such folder, or it cannot be opened.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise StoreError(f"there is no data folder {path}", "name one with --data, or start: lens demo")
+        query = cls(DataFolder(path))
+        try:
+            query._folder.settle()
+        except StoreError:
+            query.close()
+            raise
+        return query
+
+    def close(self) -> None:
+        """Give the folder back (only for a `Query` of `open_folder`)."""
+        self._folder.close()
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every run, newest first: run, name, world_size, started_ns, last_step, last_t_ns, age_s, ranks_reporting,
+        state (live, stale, ended), simulated, tags."""
+        return [self._summary(run) for run in self._folder.registry.runs()]
+
+    def run(self, run: str) -> dict[str, Any]:
+        """One run: its summary and ranks, groups, experts, config, data_versions, metrics and drops."""
+        known = self._folder.registry.run(run)
+        progress = self._folder.registry.progress(known.number)
+        return {
+            **self._summary(known),
+            "ranks": known.described.get("ranks") or [],
+            **{key: known.described.get(key) or {} for key in ("groups", "experts", "config", "data_versions")},
+            "metrics": self._metrics(known),
+            "drops": {"lost_slots": progress.lost_slots, "rejected": progress.rejected},
+        }
+
+    def described(self, run: str) -> dict[str, Any]:
+        """The run as its senders described it: what `lens.diagnosis` takes."""
+        return self._folder.registry.run(run).described
+
+    def series(
+        self, run: str, selection: Selection, window: Window | None = None, axis: str | None = None
+    ) -> dict[str, Any]:
+        """Envelope (min, max, mean, count) of a metric; see `charts.Charts.series`."""
+        return self._charts.series(self._settled(run), selection, window or Window(), axis)
+
+    def heatmap(
+        self,
+        run: str,
+        selection: Selection,
+        window: Window | None = None,
+        rows: str = "rank",
+        pool: str = "max",
+    ) -> dict[str, Any]:
+        """Map of a metric, rows × steps, pooled; absent is None. See `charts.Charts.heatmap`."""
+        return heatmap_json(*self._charts.heatmap(self._settled(run), selection, window or Window(), rows, pool))
+
+    def heatmap_bytes(
+        self,
+        run: str,
+        selection: Selection,
+        window: Window | None = None,
+        rows: str = "rank",
+        pool: str = "max",
+    ) -> bytes:
+        """The same as bytes; see `charts.heatmap_binary`."""
+        return heatmap_binary(*self._charts.heatmap(self._settled(run), selection, window or Window(), rows, pool))
+
+    def latest(self, run: str, metric: str) -> list[dict[str, Any]]:
+        """Newest value of every series of a metric: rank, host, device, labels, t_ns, step, value."""
+        known = self._settled(run)
+        series = {each.mid: each for each in self._folder.registry.series(known.number, metric)}
+        if not series:
+            return []
+        found = self._folder.store.query(
+            f"SELECT mid, rank, t_ns, step, value FROM lens.latest FINAL WHERE run = {known.number} "
+            f"AND mid IN ({', '.join(map(str, series))}) ORDER BY rank, mid"
+        )
+        return [
+            {
+                "rank": None if row["rank"] < 0 else row["rank"],
+                "host": series[row["mid"]].host,
+                "device": series[row["mid"]].device,
+                "labels": json.loads(series[row["mid"]].labels or "{}"),
+                "t_ns": row["t_ns"],
+                "step": None if row["step"] == NULL else row["step"],
+                "value": word(row["value"]),
+            }
+            for row in found.to_pylist()
+        ]
+
+    def step(self, run: str, step: int) -> dict[str, Any]:
+        """Every rank's spans of one step: {step, ranks: [{rank, t0_ns, t1_ns, spans: […]}]}.
+
+        Raises:
+            UnknownStepError: no rank has recorded that step.
+        """
+        known = self._settled(run)
+        if not -(2**63) < step < 2**63:
+            raise BadQueryError(f"step {step} is out of range", "give a step of the run")
+        tables = read_tables(
+            self._folder.store, known.number, [], f"step = {step}", ("steps", "spans", "collectives")
+        )
+        ranks = _lanes(tables)
+        if not ranks:
+            raise UnknownStepError(
+                f"no rank has recorded step {step}", f"the newest step is {self.runs_last_step(known)}"
+            )
+        return {"step": step, "ranks": ranks}
+
+    def runs_last_step(self, run: Run) -> int | None:
+        """Newest step that any rank of a run has finished."""
+        return self._folder.registry.progress(run.number).last_step
+
+    def tables(self, run: str, upto_step: int | None = None) -> tuple[dict[str, Any], Tables]:
+        """The run as described, and its records as columns.
+
+        With `upto_step` = N: records of steps up to N, and those without a step whose time is not after the latest
+        end of a step up to N; everything if N is the last step or one that is not finished.
+        """
+        known = self._settled(run)
+        series = self._folder.registry.series(known.number)
+        tables = read_tables(self._folder.store, known.number, series)
+        if upto_step is not None:
+            from lens.diagnosis.select import Timeline, through
+
+            tables = through(tables, Timeline.of(tables), upto_step)
+        return known.described, tables
+
+    def diagnosis(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
+        """The verdict: status, hypotheses with their evidence, coverage."""
+        return self._evaluated(run, upto_step, DIAGNOSIS)[0]
+
+    def ledger(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
+        """Where the time of the run went: {from_step, to_step, wall_s, parts}."""
+        return self._evaluated(run, upto_step, LEDGER)[0]
+
+    def verdict(self, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Diagnosis and ledger of everything known now, from one reading of the records."""
+        diagnosis, ledger = self._evaluated(run, None, DIAGNOSIS, LEDGER)
+        return diagnosis, ledger
+
+    def alerts(self, run: str) -> list[dict[str, Any]]:
+        """The findings of the run: cause, ranks, severity, onset_step, detected_step, resolved_step."""
+        best: dict[Any, dict[str, Any]] = {}
+        for hypothesis in self.diagnosis(run)["hypotheses"]:
+            best.setdefault(hypothesis["finding"], hypothesis)
+        return [
+            {
+                **{key: each.get(key) for key in ("cause", "ranks", "severity", "onset_step", "detected_step")},
+                "resolved_step": each.get("end_step"),
+            }
+            for each in best.values()
+        ]
+
+    def state_of(self, run: str) -> tuple[int, int]:
+        """Two numbers that change when something is said about a run: its version, and its batches."""
+        known = self._folder.registry.run(run)
+        return known.version, self._folder.registry.progress(known.number).batches
+
+    def _evaluated(self, run: str, upto_step: int | None, *names: str) -> list[dict[str, Any]]:
+        keys = [(name, run, upto_step, self.state_of(run)) for name in names]
+        with self._answers_lock:
+            known = [self._answers.get(key) for key in keys]
+        if all(answer is not None for answer in known):
+            return [answer for answer in known if answer is not None]
+        described, tables = self.tables(run)
+        answers = self._evaluate(names, {**described, "run": run}, tables, upto_step)
+        with self._answers_lock:
+            self._answers.update(zip(keys, answers, strict=True))
+            while len(self._answers) > _KEPT_ANSWERS:
+                self._answers.popitem(last=False)
+        return answers
+
+    def _settled(self, run: str) -> Run:
+        known = self._folder.registry.run(run)
+        self._folder.settle()
+        return known
+
+    def _summary(self, run: Run) -> dict[str, Any]:
+        progress = self._folder.registry.progress(run.number)
+        with self._folder.registry.lock:
+            return {
+                "run": run.id,
+                "name": run.described.get("name"),
+                "world_size": run.world_size,
+                "started_ns": run.described.get("started_ns") or progress.first_t_ns or run.created_ns,
+                "last_step": progress.last_step,
+                "last_t_ns": progress.last_t_ns,
+                "age_s": progress.age_s(),
+                "ranks_reporting": progress.ranks_reporting(),
+                "state": progress.state(),
+                "simulated": _is_simulated(run.described),
+                "tags": run.described.get("tags") or [],
+            }
+
+    def _metrics(self, run: Run) -> list[dict[str, Any]]:
+        from lens import catalogue
+
+        names = {series.metric for series in self._folder.registry.series(run.number)}
+        if self.runs_last_step(run) is not None:
+            names |= {STEP_DURATION, PHASE_DURATION}
+        result = []
+        for name in sorted(names):
+            known = catalogue.get(name)
+            result.append(
+                {
+                    "metric": name,
+                    "unit": unit_of(name),
+                    "kind": known.kind if known else None,
+                    "help": known.help if known else None,
+                    "more_is_worse": known.more_is_worse if known else None,
+                }
+            )
+        return result
+
+
+def _is_simulated(described: dict[str, Any]) -> bool:
+    return bool(described.get("simulated")) or any(
+        bool(rank.get("simulated")) for rank in described.get("ranks") or ()
+    )
+
+
+def _lanes(tables: Tables) -> list[dict[str, Any]]:
+    """The spans of one step, rank by rank, in order of time."""
+    lanes: dict[int, dict[str, Any]] = {}
+
+    def lane(rank: int) -> dict[str, Any]:
+        found = lanes.get(rank)
+        if found is None:
+            shown = None if rank < 0 else rank
+            found = lanes[rank] = {"rank": shown, "t0_ns": None, "t1_ns": None, "spans": []}
+        return found
+
+    for row in _dicts(tables, "steps"):
+        lane(row["rank"]).update(t0_ns=row["t0_ns"], t1_ns=row["t1_ns"])
+    for row in _dicts(tables, "spans"):
+        lane(row["rank"])["spans"].append({key: row[key] for key in ("kind", "name", "t0_ns", "t1_ns")})
+    for row in _dicts(tables, "collectives"):
+        span = {"kind": "collective", "name": row["op"], "t0_ns": row["t0_ns"], "t1_ns": row["t1_ns"]}
+        extra = {key: row[key] for key in ("group", "seq", "bytes", "phase") if row[key] is not None}
+        lane(row["rank"])["spans"].append({**span, **extra})
+    for found in lanes.values():
+        found["spans"] = sorted(found["spans"], key=lambda span: span["t0_ns"])[:_MOST_SPANS]
+    return [lanes[rank] for rank in sorted(lanes)]
+
+
+def _dicts(tables: Tables, name: str) -> list[dict[str, Any]]:
+    """Rows of a table with absent numbers as None and text as text."""
+    columns: dict[str, list[Any]] = {}
+    for column, kind in SCHEMA[name].items():
+        values = tables.table(name)[column]
+        if kind == "s":
+            columns[column] = tables.texts(values)
+        elif kind == "i8":
+            columns[column] = [None if value == NULL else value for value in values.tolist()]
+        else:
+            columns[column] = values.tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,200 @@
+"""Where the values of a metric lie: samples, vectors over ranks, or the spans of steps and phases.
+
+A `Relation` is a SELECT that gives (key, rank, step, t_ns, value) whatever it is made from, so charts need to know
+one shape only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lens.slots import NULL
+
+from .engine import Store, quote
+from .errors import BadQueryError
+from .registry import Registry
+from .rows import Series
+from .schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+
+STEP_DURATION, PHASE_DURATION = "step.duration", "phase.duration"
+NOT_OVER_RANKS = "moe."
+"""Vectors of these metrics without a rank are values of experts, not of ranks."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which series of a metric are meant; None or empty means all. `ranks` -1 is "no rank"."""
+
+    metric: str
+    ranks: tuple[int, ...] = ()
+    device: str | None = None
+    host: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def takes(self, series: Series) -> bool:
+        """Whether a series is among them, whatever its rank."""
+        if self.device is not None and series.device != self.device:
+            return False
+        if self.host is not None and series.host != self.host:
+            return False
+        known = json.loads(series.labels) if series.labels and self.labels else {}
+        return all(known.get(name) == value for name, value in self.labels.items())
+
+    def rank_filter(self) -> str:
+        """The ranks as a condition of SQL."""
+        return f"rank IN ({', '.join(map(str, self.ranks))})" if self.ranks else "1"
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a key of a relation stands for."""
+
+    host: str | None = None
+    device: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A SELECT over (key, rank, step, t_ns, value), what its keys mean, and its roll-up if it has one."""
+
+    sql: str
+    names: Mapping[int | str, Name]
+    rollup: str | None = None
+    """A SELECT over (key, rank, axis, bucket, min, max, sum, count, odd)."""
+    extent: tuple[int, int] | None = None
+    """First and last step (or time) there may be, from the roll-up."""
+
+
+def relation_of(store: Store, registry: Registry, run: int, selection: Selection, axis: str) -> Relation | None:
+    """Where the selected values are; None if the run has none.
+
+    `axis` is "step" or "time"; samples without a step are placed at the step that was going on at their time.
+    """
+    chosen = [series for series in registry.series(run, selection.metric) if selection.takes(series)]
+    if chosen:
+        found = _from_samples(store, run, selection, chosen, axis) or _from_vectors(store, run, selection, chosen)
+        if found is not None:
+            return found
+    if selection.metric == STEP_DURATION and not selection.labels:
+        return _from_steps(store, run, selection)
+    if selection.metric == PHASE_DURATION:
+        return _from_phases(store, run, selection)
+    return None
+
+
+def natural_axis(store: Store, registry: Registry, run: int, metric: str) -> str:
+    """The axis a metric is drawn over when nobody says: steps if it has any, else time."""
+    mids = [series.mid for series in registry.series(run, metric)]
+    if not mids:
+        return "step"
+    stepped = store.scalar(
+        f"SELECT count() FROM lens.rollup WHERE run = {run} AND mid IN ({_numbers(mids)}) AND axis = {STEP_AXIS}"
+    )
+    sampled = store.scalar(f"SELECT count() FROM lens.rollup WHERE run = {run} AND mid IN ({_numbers(mids)})")
+    return "time" if sampled and not stepped else "step"
+
+
+def _from_samples(store: Store, run: int, selection: Selection, chosen: list[Series], axis: str) -> Relation | None:
+    where = f"run = {run} AND mid IN ({_numbers(s.mid for s in chosen)}) AND {selection.rank_filter()}"
+    extents = {
+        row["axis"]: (row["low"], row["high"])
+        for row in store.query(
+            f"SELECT axis, min(bucket) AS low, max(bucket) AS high FROM lens.rollup WHERE {where} GROUP BY axis"
+        ).to_pylist()
+    }
+    if not extents:
+        return None
+    names = _names(chosen)
+    plain = f"SELECT mid AS key, rank, step, t_ns, value FROM lens.samples WHERE {where}"
+    if axis == "time":
+        only_times = set(extents) == {TIME_AXIS}
+        extent = tuple(b * TIME_BUCKET_NS for b in extents[TIME_AXIS]) if only_times else None
+        rolled = _rollup(where, TIME_AXIS) if only_times else None
+        return Relation(plain, names, rolled, (extent[0], extent[1] + TIME_BUCKET_NS - 1) if extent else None)
+    if TIME_AXIS not in extents:
+        low, high = extents[STEP_AXIS]
+        bounds = (low * STEP_BUCKET, (high + 1) * STEP_BUCKET - 1)
+        return Relation(f"{plain} AND step >= 0", names, _rollup(where, STEP_AXIS), bounds)
+    return Relation(f"{plain} AND step >= 0 UNION ALL {_placed_by_time(run, where)}", names)
+
+
+def _rollup(where: str, axis: int) -> str:
+    return (
+        "SELECT mid AS key, rank, bucket, min, max, sum, count, odd "
+        f"FROM lens.rollup WHERE {where} AND axis = {axis}"
+    )
+
+
+def _placed_by_time(run: int, where: str) -> str:
+    """Samples without a step, at the step that their rank (or, without a rank, any) had begun last."""
+    samples = f"SELECT mid, rank, t_ns, value FROM lens.samples WHERE {where} AND step < 0"
+    begun = f"SELECT rank, step, t0_ns FROM lens.steps WHERE run = {run}"
+    anywhere = (
+        f"SELECT toInt32(-1) AS rank, step, min(t0_ns) AS t0_ns FROM lens.steps WHERE run = {run} GROUP BY step"
+    )
+    return (
+        "SELECT s.mid AS key, s.rank AS rank, b.step AS step, s.t_ns AS t_ns, s.value AS value "
+        f"FROM ({samples}) AS s ASOF INNER JOIN ({begun} UNION ALL {anywhere}) AS b "
+        "ON s.rank = b.rank AND s.t_ns >= b.t0_ns"
+    )
+
+
+def _from_vectors(store: Store, run: int, selection: Selection, chosen: list[Series]) -> Relation | None:
+    if selection.metric.startswith(NOT_OVER_RANKS):
+        raise BadQueryError(
+            f"{selection.metric} is a vector over experts, not one value", "ask for heatmap?rows=expert"
+        )
+    where = f"run = {run} AND mid IN ({_numbers(s.mid for s in chosen)}) AND rank = -1 AND layer = -1"
+    if not store.scalar(f"SELECT count() FROM lens.vectors WHERE {where}"):
+        return None
+    sql = (
+        "SELECT mid AS key, toInt32(place - 1) AS rank, step, t_ns, value FROM lens.vectors "
+        "ARRAY JOIN values AS value, arrayEnumerate(values) AS place "
+        f"WHERE {where.replace('rank = -1', 'lens.vectors.rank = -1')}"
+    )
+    return Relation(f"SELECT * FROM ({sql}) WHERE {selection.rank_filter()}", _names(chosen))
+
+
+def _from_steps(store: Store, run: int, selection: Selection) -> Relation | None:
+    where = f"run = {run} AND t1_ns != {NULL} AND {selection.rank_filter()}"
+    extent = store.query(
+        f"SELECT min(step) AS low, max(step) AS high, count() AS rows FROM lens.steps WHERE {where}"
+    )
+    row = extent.to_pylist()[0]
+    if not row["rows"]:
+        return None
+    sql = (
+        f"SELECT '' AS key, rank, step, t0_ns AS t_ns, (t1_ns - t0_ns) / 1e9 AS value FROM lens.steps WHERE {where}"
+    )
+    return Relation(sql, {"": Name()}, extent=(row["low"], row["high"]))
+
+
+def _from_phases(store: Store, run: int, selection: Selection) -> Relation | None:
+    where = f"run = {run} AND kind = 'phase' AND t1_ns != {NULL} AND step >= 0 AND {selection.rank_filter()}"
+    if set(selection.labels) - {"phase"}:
+        return None
+    if "phase" in selection.labels:
+        where += f" AND name = {quote(selection.labels['phase'])}"
+    names = store.query(f"SELECT DISTINCT name FROM lens.spans WHERE {where}").column("name").to_pylist()
+    if not names:
+        return None
+    # A phase may come several times in a step (micro-batches): its duration is their sum.
+    sql = (
+        "SELECT name AS key, rank, step, min(t0_ns) AS t_ns, sum(t1_ns - t0_ns) / 1e9 AS value "
+        f"FROM lens.spans WHERE {where} GROUP BY name, rank, step"
+    )
+    return Relation(sql, {name: Name(labels={"phase": name}) for name in names})
+
+
+def _names(chosen: list[Series]) -> dict[int | str, Name]:
+    return {
+        series.mid: Name(series.host, series.device, json.loads(series.labels) if series.labels else {})
+        for series in chosen
+    }
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
