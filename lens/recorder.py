@@ -29,6 +29,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,6 +141,7 @@ class Recorder:
         self._slots_at = 2 * PAGE + STRING_BYTES
         self._size = self._slots_at + count * SLOT_BYTES
         self._map = _allocate(path, self._size)
+        self._bind()
         words = (
             MAGIC,
             VERSION,
@@ -225,6 +227,14 @@ class Recorder:
         _WORD.pack_into(self._map, STRINGS_USED_WORD * 8, self._strings_used)
         return number
 
+    def _bind(self) -> None:
+        """Header writers that cost no Python frame: a hook calls them around every collective and phase.
+
+        note_collective(t0, ids, seq, size, step), note_phase(t0, name id, step).
+        """
+        self.note_collective = partial(_OPEN_COLLECTIVE.pack_into, self._map, OPEN_COLLECTIVE_WORD * 8)
+        self.note_phase = partial(_OPEN_PAIR.pack_into, self._map, OPEN_PHASE_WORD * 8)
+
     def enter_step(self, step: int, t0: int) -> None:
         """Note in the header that a step has begun: what a killed rank was in can be read afterwards."""
         _OPEN_PAIR.pack_into(self._map, OPEN_STEP_WORD * 8, t0, step, 0)
@@ -264,6 +274,10 @@ class Recorder:
             self._map, self._slots_at + ((seq - 1 & self._mask) << 7),
             seq, PHASE, t0, t1, step, name_id, micro_batch, 0, 0, 0, 0, 0, 0, 0, 0, seq,
         )  # fmt: skip
+        _WORD.pack_into(self._map, OPEN_PHASE_WORD * 8, 0)
+
+    def leave_phase(self) -> None:
+        """Note in the header that the phase was left without recording it: whose it is will be known later."""
         _WORD.pack_into(self._map, OPEN_PHASE_WORD * 8, 0)
 
     def enter_collective(self, ids: int, t0: int, seq: int, size: int, step: int) -> None:
@@ -350,6 +364,10 @@ class Recorder:
         """What the control page says now."""
         return Control(*_CONTROL.unpack_from(self._map, PAGE))
 
+    def detach_asked(self) -> bool:
+        """Whether the control page asks the hook to leave: what is read once a step."""
+        return bool(_WORD.unpack_from(self._map, PAGE)[0])
+
     def close(self, clean: bool = True) -> None:
         """Mark the ring as closed; the file stays for the agent, which removes it once it has everything."""
         for other in self._others.values():
@@ -397,6 +415,7 @@ class Recorder:
     def _leave_parent(self) -> None:
         # Anonymous memory is only backed when touched: this costs the child nothing until it records.
         self._map = mmap.mmap(-1, self._size)
+        self._bind()
         self._others = {}
 
 
@@ -408,7 +427,8 @@ def _allocate(path: Path, size: int) -> mmap.mmap:
     try:
         # Reserved before it is mapped: writing to a hole on a full disk would kill the process with SIGBUS.
         os.posix_fallocate(descriptor, 0, size)
-        return mmap.mmap(descriptor, size)
+        # Populated: the first touch of a page would otherwise cost the training a fault.
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -1,0 +1,251 @@
+"""What ``import lens`` offers to training code. Nothing here raises, and without `watch` nothing happens."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from lens.hooks import process
+from lens.hooks.automatic import timed_next
+from lens.hooks.guard import warn
+from lens.hooks.session import Session
+from lens.recorder import RecorderError
+from lens.settings import Settings, SettingsError
+from lens.slots import NULL
+
+Item = TypeVar("Item")
+
+_session: Session | None = None
+_refused = False
+
+
+def watch(
+    model: Any = None,
+    optimizer: Any = None,
+    *,
+    run: str | None = None,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    experts: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    **about: Any,
+) -> None:
+    """Begin to record this process; a second call adds what it brings. See `lens.watch`."""
+    global _session, _refused
+    if _refused:
+        return
+    described = {"name": name, "config": config, "groups": groups, "experts": experts}
+    changes = {key: value for key, value in described.items() if value is not None}
+    try:
+        if _session is None:
+            settings = settings or Settings.load()
+            if settings.disabled:
+                return
+            whole = process.describe(settings, about) | changes | {"run": process.run_id(settings, run)}
+            _session = Session(settings, whole, groups or {})
+            _session.install()
+            process.start_agent(settings)
+        elif changes:
+            _session.recorder.describe(**changes)
+            _session.collectives.kinds = groups or _session.collectives.kinds
+        _session.watch(model, optimizer)
+    except (RecorderError, SettingsError) as error:
+        _refuse(str(error))
+    except Exception as error:
+        _refuse(f"nothing is recorded, training goes on ({type(error).__name__}: {error})")
+
+
+def step(
+    number: int | None = None,
+    *,
+    tokens: int | None = None,
+    micro_batches: int | None = None,
+    seq_sq: int | None = None,
+) -> AbstractContextManager[Any]:
+    """One training step. See `lens.step`."""
+    session = _session
+    if session is None or not session.timeline.here():
+        return _NOTHING
+    return _Step(session, number, tokens, micro_batches, seq_sq)
+
+
+def phase(name: str, micro_batch: int | None = None) -> AbstractContextManager[Any]:
+    """A phase of a step. See `lens.phase`."""
+    session = _session
+    if session is None or not session.timeline.here():
+        return _NOTHING
+    return _Phase(session, name, micro_batch)
+
+
+def data(loader: Iterable[Item]) -> Iterable[Item]:
+    """The loader, with each wait recorded. See `lens.data`."""
+    return _Waits(loader)
+
+
+def log(values: Mapping[str, Any] | None = None, *, step: int | None = None, **more: Any) -> None:
+    """Record numbers. See `lens.log`."""
+    session = _session
+    if session is None or not session.values.part.on:
+        return
+    try:
+        session.values.log({**(values or {}), **more} if more else values or {}, step)
+    except Exception as error:
+        session.values.part.fail(error)
+
+
+def expert_tokens(layer: int, counts: Any, dropped: Any = None) -> None:
+    """Record a layer's tokens per expert. See `lens.expert_tokens`."""
+    session = _session
+    if session is None or not session.values.part.on:
+        return
+    try:
+        session.values.expert_tokens(layer, counts, dropped)
+    except Exception as error:
+        session.values.part.fail(error)
+
+
+def detach() -> None:
+    """Stop recording and undo every patch."""
+    global _session
+    session, _session = _session, None
+    if session is None:
+        return
+    try:
+        session.close()
+    except Exception as error:
+        warn(f"not everything could be put back ({type(error).__name__}: {error})")
+
+
+def enabled() -> bool:
+    """Whether this process is recording."""
+    return _session is not None
+
+
+class _Nothing:
+    """A step or phase that is not recorded."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+class _Step:
+    __slots__ = ("_attributes", "_number", "_session")
+
+    def __init__(
+        self,
+        session: Session,
+        number: int | None,
+        tokens: int | None,
+        micro_batches: int | None,
+        seq_sq: int | None,
+    ) -> None:
+        self._session = session
+        self._number = number
+        self._attributes = (tokens, micro_batches, seq_sq)
+
+    def __enter__(self) -> None:
+        timeline = self._session.timeline
+        tokens, micro_batches, seq_sq = self._attributes
+        try:
+            timeline.begin_step(
+                self._number,
+                NULL if tokens is None else tokens,
+                NULL if micro_batches is None else micro_batches,
+                NULL if seq_sq is None else seq_sq,
+            )
+        except Exception as error:
+            timeline.part.fail(error)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        session = self._session
+        timeline = session.timeline
+        if not timeline.part.on:
+            return
+        try:
+            if kind is not None:
+                timeline.abandon_step()
+            elif session.end_step():
+                detach()
+        except Exception as error:
+            timeline.part.fail(error)
+
+
+class _Phase:
+    __slots__ = ("_micro_batch", "_name", "_session")
+
+    def __init__(self, session: Session, name: str, micro_batch: int | None) -> None:
+        self._session = session
+        self._name = name
+        self._micro_batch = micro_batch
+
+    def __enter__(self) -> None:
+        timeline = self._session.timeline
+        try:
+            timeline.enter(timeline.phase_id(self._name), NULL if self._micro_batch is None else self._micro_batch)
+        except Exception as error:
+            timeline.part.fail(error)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        timeline = self._session.timeline
+        if not timeline.part.on:
+            return
+        try:
+            if kind is None:
+                timeline.leave()
+            else:
+                timeline.abandon()
+        except Exception as error:
+            timeline.part.fail(error)
+
+
+class _Waits:
+    """A loader whose batches' waits are timed; everything else is the loader's own."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        source = iter(self._loader)
+        while True:
+            session = _session
+            try:
+                item = next(source) if session is None else timed_next(session.timeline, next, source)
+            except StopIteration:
+                return
+            yield item
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def _refuse(reason: str) -> None:
+    """Say once why nothing is recorded, and leave no trace."""
+    global _refused
+    _refused = True
+    warn(reason)
+    detach()
+
+
+def _forget() -> None:
+    """In a forked child: a DataLoader's worker records nothing."""
+    global _session
+    if _session is not None:
+        _session.forget()
+        _session = None
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(detach)

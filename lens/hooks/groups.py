@@ -1,0 +1,119 @@
+"""Process groups by name: ``kind/index``, the same on every rank, and each group's own collective number."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+WORLD = "world/0"
+Kinds = Mapping[str, Sequence[Sequence[int]]]
+
+
+class Group:
+    """One process group as collectives see it.
+
+    Refers to the group weakly: holding it would keep a destroyed backend alive into the interpreter's end.
+    """
+
+    __slots__ = ("_counted", "_pairs", "ids", "name", "numbered", "offset", "reference")
+
+    def __init__(self, name: str, group: Any, on_death: Callable[[Any], None]) -> None:
+        self.name = name
+        self.reference = weakref.ref(group, on_death)
+        self.ids: dict[str, int] = {}
+        """op -> op id | group id << 32, in the ring of the thread that trains."""
+        self.numbered = _is_numbered(group)
+        """Whether the backend numbers its collectives."""
+        self.offset = 1
+        """Backend's number of the last collective + offset = number of the next."""
+        self._counted = 0
+        self._pairs: dict[tuple[int, int], int] = {}
+
+    def count(self) -> int:
+        """The number of the next collective of a group whose backend has none."""
+        self._counted += 1
+        return self._counted
+
+    def own_number(self) -> int:
+        """The backend's number of the last collective or message; 0 if it has none."""
+        return sequence_number()(self.reference()) if self.numbered else 0
+
+    def next_of_pair(self, pair: tuple[int, int]) -> int:
+        """The number of the next message from one rank to another."""
+        number = self._pairs.get(pair, 0) + 1
+        self._pairs[pair] = number
+        return number
+
+    def global_rank(self, rank: int | None) -> int | None:
+        """The global rank of a rank of the group."""
+        import torch.distributed as dist
+
+        return None if rank is None else int(dist.get_global_rank(self.reference(), rank))
+
+    def own_rank(self) -> int:
+        """This process's global rank."""
+        import torch.distributed as dist
+
+        return int(dist.get_rank())
+
+
+def sequence_number() -> Callable[[Any], int]:
+    """The function that reads a group's number; not bound to a group, which would hold it."""
+    from torch.distributed import ProcessGroup
+
+    read: Callable[[Any], int] = ProcessGroup._get_sequence_number_for_group
+    return read
+
+
+def _is_numbered(group: Any) -> bool:
+    try:
+        sequence_number()(group)
+    except Exception:
+        # Backends without sequence numbers say so in several ways; all of them mean: count ourselves.
+        return False
+    return True
+
+
+def name_of(group: Any, kinds: Kinds) -> str:
+    """The group's name: ``world/0``, ``kind/index`` where the person said so, else made of its ranks."""
+    import torch.distributed as dist
+
+    if group is dist.group.WORLD:
+        return WORLD
+    members = sorted(dist.get_process_group_ranks(group))
+    known = [
+        f"{kind}/{index}"
+        for kind, lists in kinds.items()
+        for index, listed in enumerate(lists)
+        if sorted(listed) == members
+    ]
+    position = _position_among_equals(group, members)
+    if position < len(known):
+        return known[position]
+    again = f"#{position}" if position else ""
+    return f"ranks/{spell_ranks(members)}{again}"
+
+
+def _position_among_equals(group: Any, members: list[int]) -> int:
+    """How many groups of the same ranks were made before this one; creation order is the same on all of them."""
+    import torch.distributed as dist
+
+    world = dist.group.WORLD
+    position = 0
+    for other, ranks in dist.distributed_c10d._world.pg_group_ranks.items():
+        if other is group:
+            break
+        if other is not world and sorted(ranks) == members:
+            position += 1
+    return position
+
+
+def spell_ranks(members: Iterable[int]) -> str:
+    """Ranks as a short name, equal for equal ranks: ``0,2,5``, or ends, number and checksum of a long list."""
+    listed = list(members)
+    text = ",".join(map(str, listed))
+    if len(listed) <= 8:
+        return text
+    return f"{listed[0]}-{listed[-1]}n{len(listed)}c{zlib.crc32(text.encode()):08x}"

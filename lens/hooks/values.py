@@ -1,0 +1,118 @@
+"""Numbers that the training code hands over: a row of values, and the tokens of each expert."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lens.hooks.guard import Part, warn
+from lens.hooks.timeline import Timeline
+from lens.recorder import Recorder
+from lens.slots import COLUMN_SEPARATOR, series_key
+
+_clock = time.monotonic_ns
+_NUMBERS = frozenset((float, int, bool))
+_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_./-]{0,127}")
+_MOST_ROW_SHAPES = 256
+"""Sets of names logged together; beyond, each value has a row of its own, or the string table would fill."""
+
+
+class Values:
+    """Writes rows and vectors for the thread that calls."""
+
+    def __init__(self, recorder: Recorder, timeline: Timeline) -> None:
+        self.part = Part("values")
+        self._recorder = recorder
+        self._timeline = timeline
+        self._shapes: dict[int, dict[tuple[str, ...], int]] = {}
+        self._complained: set[str] = set()
+        self._layers: dict[int, _LayerTotals] = {}
+
+    def log(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Record numbers, all at one time. What is no number is left out, with one line about it."""
+        t = _clock()
+        if not set(map(type, values.values())) <= _NUMBERS:
+            values = self._readable(values)
+        recorder = self._recorder.for_thread()
+        shapes = self._shapes.setdefault(id(recorder), {})
+        names = tuple(values)
+        columns = shapes.get(names)
+        number = self._timeline.step if step is None else step
+        if columns is None:
+            checked = {name: value for name, value in values.items() if self._well_named(name)}
+            if len(checked) < len(values):
+                self.log(checked, step)
+                return
+            if len(shapes) >= _MOST_ROW_SHAPES and len(names) > 1:
+                for name, value in values.items():
+                    recorder.row(recorder.intern(name), (value,), t, number)
+                return
+            columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
+        if names:
+            recorder.row(columns, tuple(values.values()), t, number)
+        if self._timeline.here():
+            self._timeline.spent += _clock() - t
+
+    def expert_tokens(self, layer: int, counts: Any, dropped: Any) -> None:
+        """Record a layer's tokens per expert, before dropping, and its totals since the process was watched."""
+        t = _clock()
+        recorder, step = self._recorder.for_thread(), self._timeline.step
+        values = tuple(counts.tolist() if hasattr(counts, "tolist") else counts)
+        recorder.vector(recorder.intern("moe.expert.tokens"), values, t, step, layer)
+        totals = self._layers.get(layer)
+        if totals is None:
+            totals = self._layers[layer] = _LayerTotals(layer)
+        recorder.row(recorder.intern(totals.columns(dropped)), totals.add(sum(values), dropped), t, step)
+        if self._timeline.here():
+            self._timeline.spent += _clock() - t
+
+    def _readable(self, values: Mapping[str, Any]) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        for name, value in values.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                self._complain(name, f"{name} = {value!r:.40} is no number and is not recorded")
+        return numbers
+
+    def _well_named(self, name: str) -> bool:
+        if _NAME.fullmatch(name):
+            return True
+        self._complain(str(name), f"{name!r:.60} is no metric name (letters, digits, _ . / -) and is not recorded")
+        return False
+
+    def _complain(self, name: str, text: str) -> None:
+        if name not in self._complained:
+            self._complained.add(name)
+            warn(text)
+
+
+class _LayerTotals:
+    """Tokens of one layer since the process was watched: counters, as the catalogue has them."""
+
+    def __init__(self, layer: int) -> None:
+        labels = {"layer": str(layer)}
+        self._columns = {
+            number: COLUMN_SEPARATOR.join(series_key(metric, labels) for metric in metrics)
+            for number, metrics in (
+                (1, ("moe.tokens.routed",)),
+                (3, ("moe.tokens.routed", "moe.tokens.kept", "moe.tokens.dropped")),
+            )
+        }
+        self._routed = self._kept = self._dropped = 0.0
+
+    def columns(self, dropped: Any) -> str:
+        """Names of what `add` returns: without a number of drops nothing is said about them."""
+        return self._columns[1 if dropped is None else 3]
+
+    def add(self, routed: float, dropped: Any) -> tuple[float, ...]:
+        """The counters after this step: routed = kept + dropped."""
+        self._routed += routed
+        if dropped is None:
+            return (self._routed,)
+        lost = float(dropped)
+        self._dropped += lost
+        self._kept += routed - lost
+        return self._routed, self._kept, self._dropped
