@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,8 @@ class NvidiaCollector:
         self._simulated = simulated
         self._nvml: Any = None
         self._cards: list[_Card] = []
-        self._events: list[CollectorEvent] = []
+        self._events: queue.SimpleQueue[CollectorEvent] = queue.SimpleQueue()
+        self._t_ns = 0
         self._event_set: Any = None
         self._metrics_get: Any = None
 
@@ -98,6 +100,8 @@ class NvidiaCollector:
         """One reading of every card; a lost card gives its state and nothing else."""
         readings: list[Reading] = []
         for card in self._cards:
+            # One time for all of a card's readings: they are read within a millisecond and stored as one row.
+            self._t_ns = time.monotonic_ns()
             if group == "slow" and card.lost:
                 self._try_again(card)
             if not card.lost:
@@ -112,7 +116,9 @@ class NvidiaCollector:
             time.sleep(timeout_s)
         else:
             self._wait_for_xid(timeout_s)
-        found, self._events = self._events, []
+        found = []
+        while not self._events.empty():
+            found.append(self._events.get())
         return found
 
     def processes(self) -> Sequence[ProcessUse]:
@@ -194,9 +200,8 @@ class NvidiaCollector:
         except self._nvml.NVMLError as error:
             self._failed(card, metrics, source, int(error.value))
             return
-        t_ns = time.monotonic_ns()
         for metric, value, labels in values:
-            readings.append(self._reading(card, metric, float(value), t_ns, labels))
+            readings.append(self._reading(card, metric, float(value), labels))
 
     def _read_fields(self, card: _Card) -> list[Reading]:
         rows = [row for row in FIELDS if self._wanted(card, row)]
@@ -208,14 +213,13 @@ class NvidiaCollector:
             for row in rows:
                 self._failed(card, (row.metric,), _field_source(row), int(error.value))
             return []
-        t_ns = time.monotonic_ns()
         readings = []
         for row, value in zip(rows, values, strict=True):
             if value.nvmlReturn:
                 self._failed(card, (row.metric,), _field_source(row), int(value.nvmlReturn))
                 continue
             number = _field_number(value) * row.factor
-            readings.append(self._reading(card, row.metric, number, t_ns, row.labels))
+            readings.append(self._reading(card, row.metric, number, row.labels))
         return readings
 
     def _wanted(self, card: _Card, row: FieldRow) -> bool:
@@ -267,23 +271,20 @@ class NvidiaCollector:
                 self._failed(card, (row.metric,), f"gpm {row.gpm_id}", int(answer.nvmlReturn))
                 continue
             value = float(answer.value) * row.factor
-            readings.append(self._reading(card, row.metric, value, card.gpm_t_ns, row.labels))
+            readings.append(self._reading(card, row.metric, value, row.labels))
         return readings
 
     def _state(self, card: _Card) -> list[Reading]:
         """1 for the state the card is in, 0 for the others; and which metrics it does not give."""
-        t_ns = time.monotonic_ns()
         now = "failed" if card.lost else "ok"
-        found = [
-            self._reading(card, "hw.status", float(state == now), t_ns, {"hw.state": state}) for state in _STATES
-        ]
+        found = [self._reading(card, "hw.status", float(state == now), {"hw.state": state}) for state in _STATES]
         missing = {metric: reason for (metric, _), reason in card.unsupported.items()}
         for metric, reason in missing.items():
             labels = {"backend": self.backend, "metric": metric, "reason": reason}
-            found.append(self._reading(card, "lens.collector.supported", 0.0, t_ns, labels))
+            found.append(self._reading(card, "lens.collector.supported", 0.0, labels))
         for (metric, code), count in card.errors.items():
             labels = {"backend": self.backend, "metric": metric, "code": str(code)}
-            found.append(self._reading(card, "lens.collector.errors", float(count), t_ns, labels))
+            found.append(self._reading(card, "lens.collector.errors", float(count), labels))
         return found
 
     def _failed(self, card: _Card, metrics: tuple[str, ...], source: str, code: int) -> None:
@@ -301,7 +302,7 @@ class NvidiaCollector:
         card.lost = True
         card.gpm_sample = None
         text = f"{card.info.name} ({card.info.model}) does not answer any more (NVML error {code})"
-        self._events.append(
+        self._events.put(
             CollectorEvent("gpu.lost", "error", text, time.monotonic_ns(), card.info.name, {"code": code})
         )
 
@@ -334,10 +335,10 @@ class NvidiaCollector:
         found = CollectorEvent(
             "gpu.xid", "error", f"Xid {xid} on {device}", time.monotonic_ns(), device, {"xid": xid}
         )
-        self._events.append(found)
+        self._events.put(found)
 
-    def _reading(self, card: _Card, metric: str, value: float, t_ns: int, labels: Mapping[str, str]) -> Reading:
-        return Reading(metric, value, t_ns, {**labels, **card.labels}, device=card.info.name)
+    def _reading(self, card: _Card, metric: str, value: float, labels: Mapping[str, str]) -> Reading:
+        return Reading(metric, value, self._t_ns, {**labels, **card.labels}, device=card.info.name)
 
 
 def _clock_below_maximum(readings: list[Reading], card: _Card) -> list[Reading]:
