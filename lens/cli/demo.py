@@ -214,7 +214,11 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
     code = demo.trainer.wait()
     wait_until(demo.drained, DRAIN_PATIENCE_S)
     time.sleep(2 * SHIP_S)
-    reply = ServerReader(demo.url, token).diagnosis(demo.run)
+    reader = ServerReader(demo.url, token)
+    if code and demo.run not in [entry["run"] for entry in reader.runs()]:
+        log = demo.logs / "trainer.log"
+        raise CommandError(f"the training ended with exit code {code} before its first record", f"see {log}")
+    reply = reader.diagnosis(demo.run)
     if arguments.json:
         result = {"run": demo.run, "url": page, "trainer_exit_code": code, "diagnosis": reply}
         print(json.dumps(result, ensure_ascii=False), flush=True)
