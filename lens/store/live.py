@@ -14,16 +14,19 @@ import struct
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
-from numpy.typing import NDArray
 
 from lens.slots import NULL
 from lens.tables import Tables
+
+from .live_cells import Columns, Key, OpenPhases, cells_of
 
 WINDOW_CELLS = 262_144
 """Cells kept for each run (12 bytes each)."""
@@ -41,11 +44,7 @@ IDLE_S = 1.0
 SEND_S = 10.0
 """A client that does not take a frame in this many seconds is dropped; it reconnects from its cursor."""
 MAX_METRICS = 64
-
-Key = tuple[str, str | None]
-"""Metric and canonical JSON of its labels."""
-Columns = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
-"""Steps, ranks (-1 = none) and values, equally long."""
+NOT_A_SUBSCRIPTION = '{"error":"not a subscription","hint":"send {\\"subscribe\\": [metric, …]}"}'
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Window:
     last_step: int | None = None
     arrived: float | None = None
     last_arrival: dict[int, float] = field(default_factory=dict)
-    open_phases: dict[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
+    open_phases: OpenPhases = field(default_factory=dict)
     diagnosis: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
     diagnosis_cursor: int = -1
@@ -94,15 +93,21 @@ class Waker:
 
     async def wait(self, timeout: float) -> None:
         """Return when woken, or after `timeout` seconds."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._event.wait(), timeout)
+        with anyio.move_on_after(timeout):
+            await self._event.wait()
         self._event.clear()
 
 
 class LiveFeed:
     """Recent cells of each run, for any number of clients; every method may be called from any thread."""
 
-    def __init__(self, window_cells: int = WINDOW_CELLS, max_runs: int = MAX_RUNS) -> None:
+    def __init__(
+        self,
+        window_cells: int = WINDOW_CELLS,
+        max_runs: int = MAX_RUNS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._window_cells = window_cells
         self._max_runs = max_runs
         # Cursors start at the clock so that one from before a restart is seen to be foreign.
@@ -113,10 +118,10 @@ class LiveFeed:
     def publish(self, run_id: str, tables: Tables) -> None:
         """Take records that were just made durable; cheap, never waits for a client."""
         window = self._window(run_id)
-        now = time.monotonic()
+        now = self._clock()
         with window.lock:
             _note_arrivals(window, tables, now)
-            cells = _extract(tables, window.open_phases)
+            cells = cells_of(tables, window.open_phases)
             window.cursor += 1
             entry = Entry(window.cursor, now, cells)
             window.entries.append(entry)
@@ -165,7 +170,7 @@ class LiveFeed:
 
         `added` are metrics subscribed to since the last frame: of these the last `BACKLOG_S` seconds come along.
         """
-        window = self._window(run_id)
+        window, now = self._window(run_id), self._clock()
         with window.lock:
             oldest = window.entries[0].cursor if window.entries else window.cursor + 1
             reset = since is not None and not oldest - 1 <= since <= window.cursor
@@ -174,17 +179,16 @@ class LiveFeed:
             header: dict[str, Any] = {
                 "cursor": window.cursor,
                 "reset": reset,
-                "age_s": None if window.arrived is None else round(time.monotonic() - window.arrived, 3),
-                "ranks_reporting": _reporting(window.last_arrival),
+                "age_s": None if window.arrived is None else round(now - window.arrived, 3),
+                "ranks_reporting": sum(now - arrived <= REPORTING_S for arrived in window.last_arrival.values()),
                 "world_size": world_size,
                 "last_step": window.last_step,
             }
             if (news or reset) and window.diagnosis is not None:
                 header |= {"diagnosis": window.diagnosis, "ledger": window.ledger}
-        horizon = time.monotonic() - BACKLOG_S
         chosen: dict[Key, list[Columns]] = {}
         for entry in entries:
-            new, recent = entry.cursor > start, entry.arrived >= horizon
+            new, recent = entry.cursor > start, now - entry.arrived <= BACKLOG_S
             for key, columns in entry.cells.items():
                 if (new and key[0] in metrics) or (recent and key[0] in added):
                     chosen.setdefault(key, []).append(columns)
@@ -224,11 +228,6 @@ def encode_frame(header: dict[str, Any], blocks: Mapping[Key, list[Columns]]) ->
     return b"".join([struct.pack("<I", len(text)), text, *body])
 
 
-def _reporting(last_arrival: Mapping[int, float]) -> int:
-    horizon = time.monotonic() - REPORTING_S
-    return sum(arrived >= horizon for arrived in last_arrival.values())
-
-
 def _note_arrivals(window: Window, tables: Tables, now: float) -> None:
     """Remember when records and which ranks were last heard of, which ranks ended, and the newest step."""
     if tables.total:
@@ -245,105 +244,14 @@ def _note_arrivals(window: Window, tables: Tables, now: float) -> None:
         window.last_step = max(int(finished.max()), window.last_step if window.last_step is not None else -1)
 
 
-def _extract(tables: Tables, open_phases: dict[tuple[str, int], tuple[int, float]]) -> dict[Key, Columns]:
-    """The cells of a batch: durations and tokens of steps, time in each phase, samples and vectors with a step."""
-    cells: dict[Key, Columns] = {}
-    steps = tables.steps
-    finished = steps["t1_ns"] != NULL
-    if finished.any():
-        step, rank = steps["step"][finished], steps["rank"][finished]
-        seconds = (steps["t1_ns"][finished] - steps["t0_ns"][finished]) / 1e9
-        cells["step.duration", None] = _columns(step, rank, seconds)
-        tokens = steps["tokens"][finished]
-        if (known := tokens != NULL).any():
-            cells["step.tokens", None] = _columns(step[known], rank[known], tokens[known])
-    cells.update(_phase_cells(tables, open_phases))
-    _sample_cells(tables, cells)
-    _vector_cells(tables, cells)
-    return cells
-
-
-def _phase_cells(
-    tables: Tables, open_phases: dict[tuple[str, int], tuple[int, float]]
-) -> Iterator[tuple[Key, Columns]]:
-    """Seconds of each (phase, rank, step). A phase may repeat within a step and its parts may come in several
-    batches: `open_phases` carries the sum so far of the newest step of each phase and rank."""
-    spans = tables.spans
-    rows = (spans["kind"] == tables.code("phase")) & (spans["t1_ns"] != NULL) & (spans["step"] != NULL)
-    if not rows.any():
-        return
-    keys = np.stack([spans["name"][rows], spans["rank"][rows], spans["step"][rows]], axis=1)
-    groups, member = np.unique(keys, axis=0, return_inverse=True)
-    seconds = np.bincount(member.ravel(), (spans["t1_ns"][rows] - spans["t0_ns"][rows]) / 1e9, len(groups))
-    # Rows are sorted by name, rank, step: only the first and last step of a (name, rank) can touch another batch.
-    change = np.flatnonzero(np.any(groups[1:, :2] != groups[:-1, :2], axis=1)) + 1
-    starts, ends = np.append(0, change), np.append(change, len(groups)) - 1
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        name, rank, first_step = groups[start].tolist()
-        carry_key = (tables.strings[name], rank)
-        carried = open_phases.get(carry_key)
-        if carried is not None and carried[0] == first_step:
-            seconds[start] += carried[1]
-        open_phases[carry_key] = (int(groups[end, 2]), float(seconds[end]))
-    for name in np.unique(groups[:, 0]).tolist():
-        of_phase = groups[:, 0] == name
-        labels = json.dumps({"phase": tables.strings[name]}, separators=(",", ":"))
-        yield ("phase.duration", labels), _columns(groups[of_phase, 2], groups[of_phase, 1], seconds[of_phase])
-
-
-def _sample_cells(tables: Tables, cells: dict[Key, Columns]) -> None:
-    samples = tables.samples
-    with_step = np.flatnonzero(samples["step"] != NULL)
-    if not len(with_step):
-        return
-    names = np.stack([samples["metric"][with_step], samples["labels"][with_step]], axis=1)
-    for metric, labels in np.unique(names, axis=0).tolist():
-        rows = with_step[(names[:, 0] == metric) & (names[:, 1] == labels)]
-        key = (tables.strings[metric], tables.string(labels))
-        cells[key] = _columns(samples["step"][rows], samples["rank"][rows], samples["value"][rows])
-
-
-def _vector_cells(tables: Tables, cells: dict[Key, Columns]) -> None:
-    """Pre-reduced vectors of large runs: no rank, no layer, one value a rank."""
-    vectors = tables.vectors
-    rows = (vectors["rank"] < 0) & (vectors["layer"] < 0) & (vectors["step"] != NULL)
-    for row in np.flatnonzero(rows).tolist():
-        metric, values = tables.strings[vectors["metric"][row]], tables.values_of(row)
-        if metric.startswith("moe."):  # one value an expert, not a rank
-            continue
-        key = (metric, tables.string(int(vectors["labels"][row])))
-        added = _columns(np.full(len(values), vectors["step"][row]), np.arange(len(values)), values)
-        known = cells.get(key)
-        if known is not None:
-            added = (
-                np.concatenate([known[0], added[0]]),
-                np.concatenate([known[1], added[1]]),
-                np.concatenate([known[2], added[2]]),
-            )
-        cells[key] = added
-
-
-def _columns(steps: NDArray[Any], ranks: NDArray[Any], values: NDArray[Any]) -> Columns:
-    return steps.astype(np.int32), ranks.astype(np.int32), values.astype(np.float32)
-
-
 router = APIRouter()
 
 
 @router.websocket("/api/v1/runs/{run}/live")
 async def live(websocket: WebSocket, run: str, cursor: int | None = None) -> None:
-    """Binary frames of one run; the client sends ``{"subscribe": [metric, …]}`` whenever its charts change."""
+    """Binary frames of one run; the client sends ``{"subscribe": [metric, …]}``, again when its charts change."""
     await websocket.accept()
-    client = _Client(websocket, run, cursor)
-    # The reader is what notices that the client, or the whole server, is going: without it shutdown would hang.
-    tasks = {asyncio.create_task(client.read()), asyncio.create_task(client.write())}
-    _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    if not any(isinstance(result, WebSocketDisconnect) for result in results):
-        with contextlib.suppress(RuntimeError):
-            await websocket.close(1013)
+    await _Client(websocket, run, cursor).serve()
 
 
 class _Client:
@@ -354,62 +262,63 @@ class _Client:
         self._feed: LiveFeed = websocket.app.state.live
         self._run = run
         self._cursor = cursor
-        self._metrics: set[str] = set()
+        self._metrics: set[str] | None = None
         self._added: set[str] = set()
-        self._changed = asyncio.Event()
+        self._gone = False
 
-    async def read(self) -> None:
-        """Take subscriptions until the client goes.
+    async def serve(self) -> None:
+        """Read and write until the client goes, or no longer takes what it is sent."""
+        with self._feed.listen(self._run) as waker:
+            async with anyio.create_task_group() as group:
+                # The reader is what notices that client or server are going: without it shutdown would hang.
+                for job in (self._read, self._write):
+                    group.start_soon(self._until_end, job, waker, group.cancel_scope)
+        if not self._gone:
+            with contextlib.suppress(RuntimeError), anyio.move_on_after(1):
+                await self._websocket.close(1013)
 
-        Raises:
-            WebSocketDisconnect: it went.
-        """
+    async def _until_end(
+        self, job: Callable[[Waker], Awaitable[None]], waker: Waker, scope: anyio.CancelScope
+    ) -> None:
+        try:
+            await job(waker)
+        except WebSocketDisconnect:
+            self._gone = True
+        except TimeoutError:
+            pass  # too slow: it reconnects from its cursor
+        finally:
+            scope.cancel()
+
+    async def _read(self, waker: Waker) -> None:
         while True:
             text = await self._websocket.receive_text()
             try:
-                wanted = json.loads(text).get("subscribe", [])
+                wanted = json.loads(text)["subscribe"]
                 metrics = {str(metric) for metric in wanted[:MAX_METRICS]}
-            except (ValueError, AttributeError, TypeError):
-                await self._websocket.send_text('{"error":"not a subscription","hint":"send {\\"subscribe\\":[]}"}')
+            except (ValueError, KeyError, TypeError):
+                await self._websocket.send_text(NOT_A_SUBSCRIPTION)
                 continue
             # Somebody who resumes from a cursor already has what came before it.
-            if self._metrics or self._cursor is None:
-                self._added |= metrics - self._metrics
+            if self._metrics is not None or self._cursor is None:
+                self._added |= metrics - (self._metrics or set())
             self._metrics = metrics
-            self._changed.set()
+            waker.wake()
 
-    async def write(self) -> None:
-        """Send frames, at most one every `FRAME_S` and at least one every `IDLE_S` seconds.
-
-        Raises:
-            WebSocketDisconnect, asyncio.TimeoutError: the client went, or does not take what it is sent.
-        """
+    async def _write(self, waker: Waker) -> None:
         world_size = await self._world_size()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), IDLE_S)
-        with self._feed.listen(self._run) as waker:
-            while True:
+        while True:
+            if self._metrics is not None:
                 added, self._added = self._added, set()
                 self._cursor, frame = self._feed.frame(self._run, self._cursor, self._metrics, added, world_size)
-                await asyncio.wait_for(self._websocket.send_bytes(frame), SEND_S)
-                await asyncio.sleep(FRAME_S)
-                self._changed.clear()
-                if not self._added:
-                    await self._either(waker)
-
-    async def _either(self, waker: Waker) -> None:
-        """Wait for data, for a changed subscription, or for `IDLE_S` seconds."""
-        tasks = {asyncio.create_task(waker.wait(IDLE_S)), asyncio.create_task(self._changed.wait())}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
+                with anyio.fail_after(SEND_S):
+                    await self._websocket.send_bytes(frame)
+                await anyio.sleep(FRAME_S)
+            await waker.wait(IDLE_S)
 
     async def _world_size(self) -> int | None:
         try:
-            run = await asyncio.to_thread(self._websocket.app.state.query.run, self._run)
+            run = await anyio.to_thread.run_sync(self._websocket.app.state.query.run, self._run)
         except LookupError:
             return None
-        size = run.get("world_size") if run else None
+        size = run.get("world_size")
         return int(size) if size is not None else None

@@ -80,6 +80,7 @@ class App {
 
   /** One crosshair for all pictures. */
   point(step, origin) {
+    this.pointed = step === null ? null : { step, origin };
     for (const panel of this.panels) if (panel !== origin) panel.pointAt?.(step);
   }
 
@@ -100,6 +101,8 @@ class App {
     this.open.view.draw();
     if (!this.session) return;
     for (const panel of this.panels) panel.draw();
+    // New data moved the steps under the crosshair; charts take their new scales when this task ends.
+    if (this.pointed) queueMicrotask(() => this.pointed && this.point(this.pointed.step, this.pointed.origin));
     this.session.keep(new Set([...this.open.view.sources(), ...this.panels.flatMap((panel) => panel.sources())]));
   }
 

@@ -1,12 +1,13 @@
 // The line charts and the ledger: each turns sources into the columns of a chart, a legend and a table.
 
 import { Chart } from "./chart.js";
-import { HeatmapPanel, mapLeft } from "./heatmap.js";
+import { HeatmapPanel } from "./heatmap.js";
 import { LedgerPanel } from "./ledger.js";
 import { Panel } from "./panel.js";
 import { DASHES, lines, transparent } from "./palette.js";
 import { element, replace } from "./dom.js";
 import { integer, quantity, rankName } from "./format.js";
+import { mapLeft } from "./map.js";
 import { middle } from "./matrix.js";
 import { onsetMarks } from "./causes.js";
 

@@ -205,7 +205,7 @@ export class Session {
 
   /** "live", "stale", "ended", "waiting" (no data yet) or "offline" (no connection). */
   get state() {
-    if (this.meta?.state === "ended" && !(this.connected && this.age !== null && this.age < QUIET_S)) return "ended";
+    if (this.meta?.state === "ended") return "ended";
     if (!this.connected) return "offline";
     if (this.age === null) return "waiting";
     return this.age > QUIET_S ? "stale" : "live";

@@ -18,7 +18,8 @@ export function drawVerdict(place, session) {
   const { diagnosis, meta, ledger } = session;
   const signature = JSON.stringify([diagnosis, session.lastStep === null, Boolean(meta), ledger?.to_step === undefined]);
   replace(place, signature, () => {
-    const status = diagnosis?.status ?? "unknown";
+    const known = diagnosis?.status ?? "unknown";
+    const status = known === "insufficient" && session.lastStep === null ? "unknown" : known;
     place.dataset.status = status;
     const found = (diagnosis?.hypotheses ?? []).filter((each) => each.severity !== "info");
     const body = found.length ? finding(found[0], diagnosis, meta) : [calm(status, diagnosis, session)];
