@@ -43,7 +43,7 @@ class RowMaker:
 
     def rows(self, run: int, tables: Tables) -> tuple[RowGroup, dict[int, Series]]:
         """Rows of all records of one run, and every series among them."""
-        dictionary = pa.array([*tables.strings, ""], pa.string())
+        dictionary = _Dictionary(tables.strings)
         group: RowGroup = {}
         for name in _PLAIN:
             count = tables.count(name)
@@ -108,17 +108,25 @@ def _distinct(codes: list[Column], size: int) -> tuple[Column, Column]:
     return first, inverse
 
 
-def _columns(name: str, tables: Tables, dictionary: pa.Array) -> dict[str, Any]:
+class _Dictionary:
+    """The pool of a `Tables` for Arrow: the empty text, which stands for null, once among them."""
+
+    def __init__(self, strings: list[str]) -> None:
+        known = strings if "" in strings else [*strings, ""]
+        self._null = known.index("")
+        self._texts = pa.array(known, pa.string())
+
+    def column(self, codes: Column) -> pa.Array:
+        """Codes as text."""
+        indices = np.where(codes < 0, self._null, codes).astype("<i4")
+        return pa.DictionaryArray.from_arrays(pa.array(indices), self._texts)
+
+
+def _columns(name: str, tables: Tables, dictionary: _Dictionary) -> dict[str, Any]:
     return {
-        column: _text(values, dictionary) if SCHEMA[name][column] == "s" else values
+        column: dictionary.column(values) if SCHEMA[name][column] == "s" else values
         for column, values in tables.table(name).items()
     }
-
-
-def _text(codes: Column, dictionary: pa.Array) -> pa.Array:
-    """Codes as text; the last entry of the dictionary is the empty text that stands for null."""
-    indices = np.where(codes < 0, len(dictionary) - 1, codes).astype("<i4")
-    return pa.DictionaryArray.from_arrays(pa.array(indices), dictionary)
 
 
 def _lists(tables: Tables) -> pa.Array:
