@@ -12,6 +12,7 @@ from lens.hooks import process
 from lens.hooks.automatic import timed_next
 from lens.hooks.guard import warn
 from lens.hooks.session import Session
+from lens.hooks.timeline import Phase
 from lens.recorder import RecorderError
 from lens.settings import Settings, SettingsError
 from lens.slots import NULL
@@ -78,7 +79,10 @@ def phase(name: str, micro_batch: int | None = None) -> AbstractContextManager[A
     session = _session
     if session is None or not session.timeline.here():
         return _NOTHING
-    return _Phase(session, name, micro_batch)
+    found = session.phases.get((name, micro_batch))
+    if found is None:
+        found = session.phases[name, micro_batch] = Phase(session.timeline, name, micro_batch)
+    return found
 
 
 def data(loader: Iterable[Item]) -> Iterable[Item]:
@@ -176,34 +180,6 @@ class _Step:
                 timeline.abandon_step()
             elif session.end_step():
                 detach()
-        except Exception as error:
-            timeline.part.fail(error)
-
-
-class _Phase:
-    __slots__ = ("_micro_batch", "_name", "_session")
-
-    def __init__(self, session: Session, name: str, micro_batch: int | None) -> None:
-        self._session = session
-        self._name = name
-        self._micro_batch = micro_batch
-
-    def __enter__(self) -> None:
-        timeline = self._session.timeline
-        try:
-            timeline.enter(timeline.phase_id(self._name), NULL if self._micro_batch is None else self._micro_batch)
-        except Exception as error:
-            timeline.part.fail(error)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        timeline = self._session.timeline
-        if not timeline.part.on:
-            return
-        try:
-            if kind is None:
-                timeline.leave()
-            else:
-                timeline.abandon()
         except Exception as error:
             timeline.part.fail(error)
 

@@ -10,7 +10,7 @@ from lens.hooks import automatic, process
 from lens.hooks.collectives import Collectives
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
-from lens.hooks.timeline import Timeline
+from lens.hooks.timeline import Phase, Timeline
 from lens.hooks.values import Values
 from lens.recorder import Recorder
 from lens.settings import Settings
@@ -31,6 +31,7 @@ class Session:
         self.timeline = Timeline(self.recorder)
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
+        self.phases: dict[tuple[str, int | None], Phase] = {}
         self.clean = True
         self._watched: list[Any] = []
         self._counters_at = 0

@@ -39,8 +39,10 @@ class Timeline:
         "_micro_batch",
         "_names",
         "_next_number",
+        "_note_phase",
         "_outer",
         "_phase_t0",
+        "_record_phase",
         "_recorder",
         "_steps_by_hand",
         "_thread",
@@ -68,6 +70,8 @@ class Timeline:
         self.last_end = 0
         """When the last step ended."""
         self._recorder = recorder
+        self._note_phase = recorder.note_phase
+        self._record_phase = recorder.phase
         self._thread = _this_thread()
         self._ids: dict[str, int] = {}
         self._names = {0: ""}
@@ -79,7 +83,7 @@ class Timeline:
         self._phase_t0 = 0
         self._micro_batch = NULL
         self._by_hand = False
-        self._outer: list[_Outer | None] = []
+        self._outer: list[_Outer] = []
         self._waited: list[tuple[int, int]] = []
         self._waiting_since = 0
 
@@ -125,9 +129,7 @@ class Timeline:
 
     def abandon_step(self) -> None:
         """An exception left the step: it stays open in the ring, where a post-mortem finds it."""
-        self._outer.clear()
-        self.phase = 0
-        self._by_hand = False
+        self._forget_phases()
         self.step = NULL
 
     def end_automatic_step(self) -> bool:
@@ -144,7 +146,7 @@ class Timeline:
         self._gc_before = self.gc_ns
         self.step_t0 = began
         for began, ended in self._waited:
-            self._recorder.phase(self._data, began, ended, number)
+            self._record_phase(self._data, began, ended, number)
         self._waited.clear()
         self._attributes = (NULL, NULL, NULL)
         self._recorder.enter_step(number, self.step_t0)
@@ -155,11 +157,15 @@ class Timeline:
         """A phase begins; one that is open is split around it."""
         now = _clock()
         if self.phase:
-            self._recorder.phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
+            self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
             self._outer.append(_Outer(self.phase, self._micro_batch, self._by_hand))
-        else:
-            self._outer.append(None)
-        self._begin_phase(name, now, micro_batch, by_hand)
+        elif self.step == NULL:
+            self._waited.clear()  # what was fetched belongs to this, not to the step that will follow
+        self.phase = name
+        self._phase_t0 = now
+        self._micro_batch = micro_batch
+        self._by_hand = by_hand
+        self._note_phase(now, name, self.step)
         self.spent += _clock() - now
 
     def enter_found(self, name: int) -> bool:
@@ -174,42 +180,39 @@ class Timeline:
 
     def leave(self) -> None:
         """The innermost phase ends and the one around it goes on."""
-        if not self._outer:
+        if not self.phase:
             return  # the step ended first and closed it
         now = _clock()
-        self._recorder.phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
-        self._resume(now)
+        self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
+        if self._outer:
+            self._go_on_with(self._outer.pop(), now)
+        else:
+            self.phase = 0
+            self._by_hand = False
         self.spent += _clock() - now
 
     def abandon(self) -> None:
         """An exception left the phase: it stays open in the ring until another one begins."""
+        self.phase = 0
+        self._by_hand = False
         if self._outer:
-            outer = self._outer.pop()
-            self.phase, self._micro_batch, self._by_hand = outer or (0, NULL, False)
+            self.phase, self._micro_batch, self._by_hand = self._outer.pop()
+            self._phase_t0 = _clock()
 
-    def _begin_phase(self, name: int, now: int, micro_batch: int, by_hand: bool) -> None:
-        self.phase = name
+    def _go_on_with(self, outer: _Outer, now: int) -> None:
+        self.phase, self._micro_batch, self._by_hand = outer
         self._phase_t0 = now
-        self._micro_batch = micro_batch
-        self._by_hand = by_hand
-        if self.step == NULL:
-            self._waited.clear()  # what was fetched belongs to this, not to the step that will follow
-        self._recorder.enter_phase(name, now, self.step)
-
-    def _resume(self, now: int) -> None:
-        outer = self._outer.pop()
-        if outer is None:
-            self.phase = 0
-            self._by_hand = False
-        else:
-            self._begin_phase(outer.name, now, outer.micro_batch, outer.by_hand)
+        self._note_phase(now, self.phase, self.step)
 
     def _close_phases(self, now: int) -> None:
-        if self._outer:
-            self._recorder.phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
-            self._outer.clear()
-            self.phase = 0
-            self._by_hand = False
+        if self.phase:
+            self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
+            self._forget_phases()
+
+    def _forget_phases(self) -> None:
+        self._outer.clear()
+        self.phase = 0
+        self._by_hand = False
 
     # --- waiting for data --------------------------------------------------------------------------------------
 
@@ -221,7 +224,7 @@ class Timeline:
             self.enter(self._data, NULL, True)
             return True
         self._waiting_since = _clock()
-        self._recorder.enter_phase(self._data, self._waiting_since, self._next_number)
+        self._note_phase(self._waiting_since, self._data, self._next_number)
         return True
 
     def end_wait(self, arrived: bool) -> None:
@@ -233,3 +236,32 @@ class Timeline:
             self._waited.append((self._waiting_since, _clock()))
         self._waiting_since = 0
         self._recorder.leave_phase()
+
+
+class Phase:
+    """``with lens.phase(...)``. Keeps nothing of its own while open, so that one object serves all steps."""
+
+    __slots__ = ("_micro_batch", "_name", "_timeline")
+
+    def __init__(self, timeline: Timeline, name: str, micro_batch: int | None) -> None:
+        self._timeline = timeline
+        self._name = timeline.phase_id(name)
+        self._micro_batch = NULL if micro_batch is None else micro_batch
+
+    def __enter__(self) -> None:
+        try:
+            self._timeline.enter(self._name, self._micro_batch)
+        except Exception as error:
+            self._timeline.part.fail(error)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        timeline = self._timeline
+        if not timeline.part.on:
+            return
+        try:
+            if kind is None:
+                timeline.leave()
+            else:
+                timeline.abandon()
+        except Exception as error:
+            timeline.part.fail(error)

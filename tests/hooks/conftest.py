@@ -1,0 +1,43 @@
+"""Fixtures of the hook's tests: a watched test process, and what it recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lens
+from lens.settings import Settings
+from tests.hooks.ringside import Recorded, read_rings
+
+
+@pytest.fixture
+def rings(tmp_path: Path) -> Path:
+    return tmp_path / "rings"
+
+
+@pytest.fixture
+def watch(rings: Path) -> Iterator[Callable[..., None]]:
+    """``lens.watch`` into this test's rings."""
+
+    def start(model: Any = None, optimizer: Any = None, **more: Any) -> None:
+        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False)
+        lens.watch(model, optimizer, settings=settings, **more)
+        assert lens.enabled()
+
+    yield start
+    lens.detach()
+
+
+@pytest.fixture
+def recorded(rings: Path) -> Callable[[], Recorded]:
+    """Ends the recording and reads it."""
+
+    def read() -> Recorded:
+        lens.detach()
+        (one,) = read_rings(rings)
+        return one
+
+    return read
