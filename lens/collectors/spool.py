@@ -97,12 +97,15 @@ class RunSpool:
         self._descriptor = -1
         self._segment: Path | None = None
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = _read_state(directory / "state.json")
-        self.source: str = state.get("source") or f"agent:{host}:{secrets.token_hex(8)}"
-        self.anchor = _kept_anchor(state) or take_anchor()
-        self._acknowledged = int(state.get("acknowledged", 0))
+        self.source = f"agent:{host}:{secrets.token_hex(8)}"
+        self.anchor = take_anchor()
+        self._acknowledged = 0
         self._next = 1
-        self._load(state)
+        try:
+            self._restore(_read_state(directory / "state.json"))
+        except (TypeError, ValueError, KeyError, AttributeError):
+            # Readable and yet not a state. The segments say where to go on, and under which source.
+            self._restore({})
         self._save()
 
     @property
@@ -133,6 +136,7 @@ class RunSpool:
         """
         with self._lock:
             head = {
+                "source": self.source,
                 "cursors": dict(cursors),
                 "ended": sorted(self.ended),
                 "slots": slots,
@@ -210,29 +214,36 @@ class RunSpool:
             if self._save():
                 self._remove_sent_segments()
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         """State first, then what was appended after it was written."""
-        saved_at = int(state.get("saved_at", 0))
+        self.source = str(state.get("source", self.source))
+        self.anchor = _kept_anchor(state) or self.anchor
+        self._acknowledged = int(state.get("acknowledged", 0))
+        self._next = int(state.get("saved_at", 0)) + 1
         self.cursors = {str(key): int(value) for key, value in state.get("cursors", {}).items()}
         self.ended = set(state.get("ended", ()))
         self.pieces = {key: list(value) for key, value in state.get("pieces", {}).items()}
-        known = {key: int(state.get("counts", {}).get(key, 0)) for key in vars(self.counts)}
-        self.counts = Counts(**known)
-        self._next = saved_at + 1
+        self.counts = Counts(**{key: int(state.get("counts", {}).get(key, 0)) for key in vars(Counts())})
+        self._pending.clear()
+        self._bytes.clear()
         for path in list(segments.files(self.directory)):
-            found = segments.scan(path)
-            self.counts.damaged += found.damaged
-            for entry in found.entries:
-                if entry.sequence > self._acknowledged:
-                    self._pending.append(entry)
-                if entry.sequence >= self._next:
-                    self._next = entry.sequence + 1
-                    self.cursors = {key: int(value) for key, value in entry.head["cursors"].items()}
-                    self.ended = set(entry.head.get("ended", ()))
-            if any(entry.sequence > self._acknowledged for entry in found.entries):
-                self._bytes[path] = path.stat().st_size
-            else:
-                path.unlink()
+            self._restore_segment(path)
+
+    def _restore_segment(self, path: Path) -> None:
+        found = segments.scan(path)
+        self.counts.damaged += found.damaged
+        waiting = [entry for entry in found.entries if entry.sequence > self._acknowledged]
+        for entry in found.entries:
+            if entry.sequence >= self._next:
+                self._next = entry.sequence + 1
+                self.source = str(entry.head["source"])
+                self.cursors = {key: int(value) for key, value in entry.head["cursors"].items()}
+                self.ended = set(entry.head["ended"])
+        self._pending.extend(waiting)
+        if waiting:
+            self._bytes[path] = path.stat().st_size
+        else:
+            path.unlink()
 
     def _open_segment(self, more: int) -> Path:
         """The segment to append to; a new one when the last is full or belongs to an agent before."""

@@ -138,11 +138,12 @@ class StubServer:
                 found.append((metric, value, json.loads(labels) if labels else {}, record))
         return found
 
-    def slots(self, role: str = "trainer") -> dict[str, dict[int, bytes]]:
+    def slots(self, role: str | None = "trainer") -> dict[str, dict[int, bytes]]:
         """Slots by sequence, by the process that wrote them; fails when one came twice."""
         found: dict[str, dict[int, bytes]] = {}
         for part in self.parts(role):
-            ring = found.setdefault(f"{part.about['pid']}-{part.about['start_ticks']}-{part.about['run']}", {})
+            key = "-".join(str(part.about.get(name)) for name in ("pid", "start_ticks", "run"))
+            ring = found.setdefault(key, {})
             for place in range(part.count):
                 sequence = part.first + place
                 assert sequence not in ring, f"slot {sequence} came twice"
