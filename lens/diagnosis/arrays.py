@@ -1,0 +1,93 @@
+"""Small array tools: packed sort keys, medians that skip what is absent, medians of everybody else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Array = NDArray[Any]
+
+_ROOM = 2**62
+
+
+def pack(*columns: Array) -> Ints:
+    """One int64 a row that sorts as the columns do together, the first column weighing most."""
+    key = np.zeros(len(columns[0]), np.int64)
+    if not len(key):
+        return key
+    room = 1
+    for column in columns:
+        low, high = int(column.min()), int(column.max())
+        width = high - low + 1
+        if room * width >= _ROOM:
+            # Too wide for the bits that are left: ranks of the values sort the same and are never more than rows.
+            key = np.unique(key, return_inverse=True)[1].astype(np.int64)
+            room = int(key.max()) + 1
+            if room * width >= _ROOM:
+                column = np.unique(column, return_inverse=True)[1]
+                low, width = 0, int(column.max()) + 1
+        key = key * width + (column.astype(np.int64) - low)
+        room *= width
+    return key
+
+
+def starts_of(sorted_keys: Array) -> Ints:
+    """Where each run of equal keys begins."""
+    if not len(sorted_keys):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.r_[True, sorted_keys[1:] != sorted_keys[:-1]])
+
+
+def median(values: Floats, axis: int = 0) -> Floats:
+    """Median along an axis; NaN entries do not count, a slice of nothing but NaN gives NaN."""
+    if values.shape[axis] == 0:
+        return np.full(np.delete(values.shape, axis), np.nan)
+    ordered = np.sort(values, axis=axis)
+    count = np.isfinite(ordered).sum(axis=axis)
+    upper = np.expand_dims(np.minimum(count // 2, values.shape[axis] - 1), axis)
+    lower = np.expand_dims(np.maximum((count - 1) // 2, 0), axis)
+    middle = np.take_along_axis(ordered, lower, axis) + np.take_along_axis(ordered, upper, axis)
+    result: Floats = np.squeeze(middle, axis) / 2
+    return np.where(count > 0, result, np.nan)
+
+
+def spread(values: Floats, axis: int = 0) -> Floats:
+    """Robust standard deviation around the median along an axis (scaled median absolute deviation)."""
+    centre = np.expand_dims(median(values, axis), axis)
+    return 1.4826 * median(np.abs(values - centre), axis)
+
+
+def median_of_others(values: Floats) -> Floats:
+    """For each entry of [rows, members] the median of the other finite members of its row; alone: NaN."""
+    rows, members = values.shape
+    order = np.argsort(values, axis=1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.broadcast_to(np.arange(members), (rows, members)), axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    count = np.isfinite(values).sum(axis=1, keepdims=True)
+    # Without the entry itself count - 1 are left; those above its place move down by one.
+    own_counts = np.isfinite(values)
+    left = np.where(own_counts, count - 1, count)
+    lower, upper = np.maximum((left - 1) // 2, 0), left // 2
+    shift_lower = own_counts & (lower >= place)
+    shift_upper = own_counts & (upper >= place)
+    last = members - 1
+    low = np.take_along_axis(ordered, np.minimum(lower + shift_lower, last), axis=1)
+    high = np.take_along_axis(ordered, np.minimum(upper + shift_upper, last), axis=1)
+    return np.where(left > 0, (low + high) / 2, np.nan)
+
+
+def finite_mean(values: Floats) -> float | None:
+    """Mean of the finite entries, None without any."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
+
+
+def finite_median(values: Floats) -> float | None:
+    """Median of the finite entries, None without any."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None

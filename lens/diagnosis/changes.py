@@ -1,0 +1,288 @@
+"""When did a rank begin to differ from its own past and from its peers? Clipped robust CUSUM with verification.
+
+Each rank's series is compared with its baseline and with what its peers did in the same step, so that what all
+share (longer sequences, a busy machine) is no change. The CUSUM finds a candidate; it becomes a change only when
+the mean effect since its onset exceeds both the smallest effect worth naming and the noise that means of that
+length show in this very run. Everything at step t depends on steps ≤ t only: the same answer comes from the records up to t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lens.diagnosis import policy
+from lens.diagnosis.arrays import Array, Floats, median, median_of_others, spread
+
+SPLIT_MARGIN = 8
+"""Steps before a candidate's onset that the split is fitted on too."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rank's series that left its baseline, upwards.
+
+    onset, raised: index of the first differing step, and of the step at which it was sure. settled: index of the
+    step at which it was seen to be over (None while it lasts), last: index of the last differing step then.
+    effect: mean excess as a share of the usual step. noise: what noise alone could have reached then.
+    """
+
+    row: int
+    onset: int
+    raised: int
+    effect: float
+    noise: float
+    settled: int | None = None
+    last: int | None = None
+
+    def seen_at(self, index: int) -> Change | None:
+        """This change as known at a step: not yet raised is None, not yet settled lasts."""
+        if self.raised > index:
+            return None
+        return self if self.settled is None or self.settled <= index else replace(self, settled=None, last=None)
+
+
+def baseline(values: Floats, peers: list[Array], proportional: bool) -> Floats:
+    """Each rank's usual seconds over these steps, with what its peers shared in each step taken out [ranks]."""
+    usual = median(values)
+    result = usual.copy()
+    for members in peers:
+        if len(members) < 2:
+            continue
+        part, own = values[:, members], usual[members]
+        if proportional:
+            common = median(part / np.where(own > 0, own, np.nan), axis=1)[:, None]
+            result[members] = median(part / np.where(common > 0, common, np.nan))
+        else:
+            common = median(part - own, axis=1)[:, None]
+            result[members] = median(part - common)
+    return np.where(np.isfinite(result), result, usual)
+
+
+def excess(values: Floats, base: Floats, peers: list[Array], proportional: bool) -> Floats:
+    """How much more each rank took than its baseline times (or plus) what its peers' changed by [steps, ranks]."""
+    result = np.full(values.shape, np.nan)
+    for members in peers:
+        part, own = values[:, members], base[members]
+        if proportional:
+            others = median_of_others(part / np.where(own > 0, own, np.nan))
+            result[:, members] = part - own * np.where(np.isfinite(others), others, 1.0)
+        else:
+            others = median_of_others(part - own)
+            result[:, members] = part - own - np.nan_to_num(others)
+    return result
+
+
+def track(values: Floats, usual: Floats, peers: list[Array], proportional: bool) -> list[Change]:
+    """Changes of every rank's series.
+
+    values: seconds [steps, ranks]. usual: each step's typical duration in seconds [steps]. peers: disjoint sets of
+    rank places that do comparable work. proportional: peers share factors (compute) rather than sums (stalls).
+    """
+    steps, ranks = values.shape
+    first = policy.WARM_UP_STEPS + policy.FIRST_JUDGED_STEPS
+    if steps <= first or not ranks:
+        return []
+    tracker = _Tracker(values, usual, peers, proportional)
+    low = first
+    while low < steps:
+        high = min(steps, low + max(4, low // 2))
+        tracker.segment(low, high)
+        low = low + max(4, low // 2)
+    return tracker.finished()
+
+
+class _Tracker:
+    """State that runs through the segments; within one, the baseline stands still."""
+
+    def __init__(self, values: Floats, usual: Floats, peers: list[Array], proportional: bool) -> None:
+        self.values, self.usual, self.peers, self.proportional = values, usual, peers, proportional
+        steps, ranks = values.shape
+        self.excluded = np.zeros((steps, ranks), bool)
+        self.level = np.zeros(ranks)
+        self.since = np.full(ranks, policy.WARM_UP_STEPS)
+        self.base = np.full(ranks, np.nan)
+        self.open: dict[int, Change] = {}
+        self.closed: list[Change] = []
+
+    def finished(self) -> list[Change]:
+        """All changes, those that last included."""
+        return sorted([*self.closed, *self.open.values()], key=lambda c: (c.row, c.onset))
+
+    def segment(self, low: int, high: int) -> None:
+        """Judge the steps low … high - 1 by the baseline of the steps before low."""
+        begin = max(policy.WARM_UP_STEPS, low - policy.REFERENCE_STEPS)
+        unit = float(np.nanmedian(self.usual[policy.WARM_UP_STEPS : low])) if low else np.nan
+        if not np.isfinite(unit) or unit <= 0:
+            return
+        clean = ~self.excluded[begin:low]
+        suspicious = self.level > policy.CUSUM_ALARM / 2
+        clean &= ~(suspicious & (np.arange(begin, low)[:, None] >= self.since))
+        enough = (clean & np.isfinite(self.values[begin:low])).sum(axis=0) >= policy.FIRST_JUDGED_STEPS - 2
+        base = baseline(np.where(clean, self.values[begin:low], np.nan), self.peers, self.proportional)
+        self.base = np.where(enough, base, self.base)
+        share = excess(self.values[begin:high], self.base, self.peers, self.proportional) / unit
+        own = (self.values[begin:high] - self.base) / unit
+        past = np.where(clean, share[: low - begin], np.nan)
+        sigma = spread(past)
+        pooled = np.nanmedian(sigma) if np.isfinite(sigma).any() else np.nan
+        sigma = np.fmax(np.fmax(sigma, 0.7 * pooled), policy.SMALLEST_SIGMA)
+        window = _Window(begin, low, high, share, own, sigma, NoiseFloor.of(past, float(np.nanmean(sigma))))
+        self._candidates(window)
+        self._follow(window)
+
+    def _candidates(self, window: _Window) -> None:
+        """Run the CUSUM over the segment and raise what passes the verification."""
+        low, high, begin = window.low, window.high, window.begin
+        score = np.clip(window.share[low - begin :] / window.sigma, -policy.CUSUM_CLIP, policy.CUSUM_CLIP)
+        walk = np.cumsum(np.nan_to_num(score - policy.CUSUM_DRIFT), axis=0)
+        # max(0, g + x) step by step is the walk minus its running minimum, begun at the level carried over.
+        lowest = np.minimum.accumulate(np.minimum(walk, -self.level), axis=0)
+        level = walk - lowest
+        at = np.arange(low, high)[:, None]
+        # Onset: the step after the walk last stood at its minimum.
+        since = np.maximum.accumulate(np.where(walk <= lowest, at + 1, self.since), axis=0)
+        length = at + 1 - since
+        effect = window.mean(window.share, since, at)
+        # The baseline is a mean over a number of steps too, and strays as such means do.
+        stray = np.hypot(window.noise.of_length(length), window.noise.of_length(np.array(float(low - begin))))
+        noise = stray * self._odds(low)
+        limit = np.maximum(policy.SMALLEST_EFFECT, noise)
+        alarm = (level > policy.CUSUM_ALARM) & (length >= policy.SHORTEST_CHANGE_STEPS) & (effect >= limit)
+        alarm &= window.mean(window.own, since, at) >= 0.5 * effect
+        for row in np.flatnonzero(alarm.any(axis=0)).tolist():
+            if row in self.open:
+                continue
+            for place in np.flatnonzero(alarm[:, row]).tolist():
+                now = low + place
+                onset = window.split(row, int(since[place, row]), now)
+                if now + 1 - onset < policy.SHORTEST_CHANGE_STEPS:
+                    continue
+                if window.without_largest(row, onset, now) >= limit[place, row]:
+                    effect_now = window.mean_of(row, onset, now)
+                    self.open[row] = Change(row, onset, now, effect_now, float(noise[place, row]))
+                    break
+        self.level, self.since = level[-1], since[-1]
+
+    def _follow(self, window: _Window) -> None:
+        """Close the changes that calmed down; exclude the steps of the others from every later baseline."""
+        for row, change in list(self.open.items()):
+            for now in range(max(window.low, change.raised + policy.CALM_STEPS), window.high):
+                recent = window.mean_of(row, now - policy.CALM_STEPS + 1, now)
+                if recent < policy.CALM_SHARE * change.effect:
+                    last = window.last_above(row, change.onset, now, 0.5 * change.effect)
+                    self.closed.append(replace(change, settled=now, last=max(last, change.onset)))
+                    self.excluded[change.onset : last + 1, row] = True
+                    del self.open[row]
+                    self.level[row], self.since[row] = 0.0, window.high
+                    break
+            else:
+                self.excluded[change.onset : window.high, row] = True
+                onset = max(change.onset, window.begin)
+                self.open[row] = replace(change, effect=window.mean_of(row, onset, window.high - 1))
+
+    def _odds(self, low: int) -> float:
+        """How many spreads of noise the largest of so many ranks and windows reaches by chance, and one more."""
+        tries = self.values.shape[1] * max(low, 8) / 4
+        return 1.0 + float(np.sqrt(2 * np.log(tries)))
+
+
+class _Window:
+    """Reference and segment of one pass, with running sums for means over any part of them."""
+
+    def __init__(
+        self, begin: int, low: int, high: int, share: Floats, own: Floats, sigma: Floats, noise: NoiseFloor
+    ) -> None:
+        self.begin, self.low, self.high = begin, low, high
+        self.share, self.own, self.sigma, self.noise = share, own, sigma, noise
+        self._sums: dict[int, tuple[Floats, Floats]] = {}
+
+    def mean(self, values: Floats, since: Array, until: Array) -> Floats:
+        """Means of values (clipped to one usual step) from step since to until, per rank [segment, ranks]."""
+        total, count = self._running(values)
+        ranks = np.arange(values.shape[1])
+        first, last = np.maximum(since - self.begin, 0), until - self.begin + 1
+        number = count[last, ranks] - count[first, ranks]
+        means: Floats = (total[last, ranks] - total[first, ranks]) / np.maximum(number, 1)
+        return means
+
+    def mean_of(self, row: int, since: int, until: int) -> float:
+        """The same for one rank."""
+        total, count = self._running(self.share)
+        first, last = max(since - self.begin, 0), until - self.begin + 1
+        number = count[last, row] - count[first, row]
+        return float((total[last, row] - total[first, row]) / number) if number else 0.0
+
+    def split(self, row: int, since: int, until: int) -> int:
+        """Where the rank's series splits best into a lower and a higher part, not before since.
+
+        The CUSUM leaves its minimum early where the noise happened to drift up; the split of least squares does not.
+        """
+        first = max(self.begin, since - SPLIT_MARGIN)
+        part = np.clip(np.nan_to_num(self.share[first - self.begin : until - self.begin + 1, row]), -1, 1)
+        number = np.arange(1, len(part))
+        below = np.cumsum(part)[:-1]
+        gap = (below[-1] + part[-1] - below) / (len(part) - number) - below / number
+        between = np.where(gap > 0, gap**2 * number * (len(part) - number), -1.0)
+        allowed = first + number >= since
+        return first + int(number[allowed][np.argmax(between[allowed])]) if allowed.any() else since
+
+    def without_largest(self, row: int, since: int, until: int) -> float:
+        """Mean effect without its largest tenth (at least two steps): no stall or two make a change."""
+        part = self.share[max(since - self.begin, 0) : until - self.begin + 1, row]
+        part = np.sort(np.clip(part[np.isfinite(part)], -1, 1))
+        kept = part[: len(part) - max(2, len(part) // 10)]
+        return float(kept.mean()) if len(kept) else 0.0
+
+    def last_above(self, row: int, since: int, until: int, level: float) -> int:
+        """The last step from since to until whose effect is above a level; since, if none."""
+        first = max(since, self.begin)
+        part = np.nan_to_num(self.share[first - self.begin : until - self.begin + 1, row])
+        above = np.flatnonzero(part > level)
+        return first + int(above[-1]) if len(above) else since
+
+    def _running(self, values: Floats) -> tuple[Floats, Floats]:
+        if id(values) not in self._sums:
+            known = np.isfinite(values)
+            clipped = np.where(known, np.clip(values, -1, 1), 0.0)
+            zero = np.zeros((1, values.shape[1]))
+            self._sums[id(values)] = (
+                np.concatenate([zero, np.cumsum(clipped, axis=0)]),
+                np.concatenate([zero, np.cumsum(known, axis=0, dtype=np.float64)]),
+            )
+        return self._sums[id(values)]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far means over a number of steps stray in this run without any change.
+
+    Measured from moving means of the past, because noise that is correlated over steps does not average out as
+    independent noise would.
+    """
+
+    lengths: Floats
+    spreads: Floats
+
+    @classmethod
+    def of(cls, past: Floats, sigma: float) -> NoiseFloor:
+        """Measure [steps, ranks] of effects that are known to be no change; sigma is the spread of single steps."""
+        steps = len(past)
+        lengths, spreads = [1.0], [sigma]
+        filled = np.clip(np.nan_to_num(past), -1, 1)
+        running = np.concatenate([np.zeros((1, past.shape[1])), np.cumsum(filled, axis=0)])
+        for length in policy.NOISE_WINDOWS:
+            if steps < 2 * length:
+                break
+            means = (running[length:] - running[:-length]) / length
+            lengths.append(float(length))
+            spreads.append(float(np.quantile(np.abs(means), 0.9)) / 1.645)
+        return cls(np.array(lengths), np.maximum(np.array(spreads), policy.SMALLEST_SIGMA / 2))
+
+    def of_length(self, length: Array) -> Floats:
+        """Spread of means over so many steps; longer than measured, it falls by the fourth root only."""
+        known = np.interp(np.log(np.maximum(length, 1)), np.log(self.lengths), self.spreads)
+        beyond = np.maximum(length / self.lengths[-1], 1.0)
+        result: Floats = known * beyond**-0.25
+        return result

@@ -1,0 +1,147 @@
+"""`diagnose`: the one door of the engine. Selects, examines, looks for fatal ends, and writes the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lens.diagnosis import exits, hangs, numerics, policy, report
+from lens.diagnosis.examine import GRID_STEPS, Examiner
+from lens.diagnosis.exits import End
+from lens.diagnosis.report import Hypothesis
+from lens.diagnosis.select import Timeline, through
+from lens.diagnosis.topology import Topology, reporting_ranks
+from lens.tables import Tables
+
+Key = tuple[str, tuple[int, ...]]
+
+WANTED_METRICS = (
+    "gpu.clock.sm", "gpu.throttle.reasons", "hw.temperature", "hw.power", "process.cpu.run_delay",
+    "process.cpu.time", "train.loss.local", "train.grad_norm.local",
+)  # fmt: skip
+
+
+def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = None) -> dict[str, Any]:
+    """Say what holds a run back, as the frozen reply of the diagnosis route.
+
+    run: the run object as posted ({} derives what it can from the records). tables: its records, in any order.
+    upto_step: judge as of this step; None judges all. Pure: the same records give the same reply.
+    """
+    timeline = Timeline.of(tables)
+    seen = through(tables, timeline, upto_step)
+    complete = timeline.index(upto_step) == len(timeline) - 1
+    if seen is not tables:
+        timeline = Timeline.of(seen)
+    topology = Topology.of(run, seen)
+    examiner = Examiner.of(seen, timeline, topology)
+    index = len(timeline) - 1
+    found = _fatal(examiner, index) + [report.of_verdict(examiner, verdict) for verdict in examiner.verdicts(index)]
+    hypotheses = report.ordered(found)
+    _date(examiner, hypotheses, index)
+    last = int(timeline.steps[-1]) if len(timeline) else None
+    requested = upto_step if not complete or last is None else last
+    return {
+        "run": run.get("run"),
+        "upto_step": requested,
+        "status": _status(examiner, hypotheses, index),
+        "hypotheses": hypotheses,
+        "coverage": _coverage(examiner),
+    }
+
+
+def _fatal(examiner: Examiner, index: int) -> list[list[Hypothesis]]:
+    """What ended or stopped the run."""
+    ended = exits.ends(examiner.tables, examiner.timeline, index)
+    hang = hangs.find(examiner.tables, examiner.topology, examiner.frame.duration, ended)
+    found = [report.of_end(examiner, end, victims, hang is not None) for end, victims in _by_attempt(ended)]
+    known_dead = {end.rank for end in ended}
+    if hang is not None and not (hang.cause == "rank_dead" and set(hang.ranks) & known_dead):
+        found.append(report.of_hang(examiner, hang))
+    origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
+    if origin is not None:
+        found.append(report.of_origin(examiner, origin))
+    return found
+
+
+def _by_attempt(ended: list[End]) -> Iterable[tuple[End, list[End]]]:
+    """The cause of each failure with its victims: before a restart, and at the end of the run."""
+    for restarted in (True, False):
+        group = [end for end in ended if end.restarted == restarted]
+        if group:
+            cause = exits.cause_first(group)
+            yield cause[0], cause[1:]
+
+
+def _date(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> None:
+    """Fill in when each hypothesis would first have been in a reply."""
+    waiting: dict[Key, list[Hypothesis]] = {}
+    for item in hypotheses:
+        waiting.setdefault((item["cause"], tuple(item["ranks"])), []).append(item)
+    for place in _places(examiner, index):
+        if not waiting:
+            return
+        for key in _held_at(examiner, place, index) & set(waiting):
+            for item in waiting.pop(key):
+                item["detected_step"] = int(examiner.timeline.steps[place])
+    # Seen only with every record: from the first step on at which every record is visible.
+    for items in waiting.values():
+        for item in items:
+            if len(examiner.timeline):
+                item["detected_step"] = int(examiner.timeline.steps[examiner.timeline.complete_from])
+
+
+def _places(examiner: Examiner, index: int) -> Iterable[int]:
+    """The places at which a reply can first hold something, ascending, all below the first complete one."""
+    limit = examiner.timeline.complete_from
+    candidates: set[int] = set()
+    raised = examiner.first_raised()
+    if raised is not None:
+        candidates |= set(range(raised, limit))
+    candidates |= set(range(GRID_STEPS - 1, limit, GRID_STEPS))
+    ended = exits.ends(examiner.tables, examiner.timeline, index)
+    origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
+    marks = [end.visible for end in ended] + ([origin.visible] if origin else [])
+    if marks:
+        candidates |= set(range(min(marks), limit))
+    return sorted(candidates)
+
+
+def _held_at(examiner: Examiner, place: int, index: int) -> set[Key]:
+    """Cause and ranks of every hypothesis that the reply up to this place holds."""
+    keys: set[Key] = set()
+    for verdict in examiner.verdicts(place):
+        ranks = tuple(int(examiner.topology.ranks[row]) for row in verdict.finding.rows)
+        keys |= {(explained.cause, ranks) for explained in verdict.listed}
+    origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
+    if origin is not None:
+        keys.add(("nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)))
+    for end, victims in _by_attempt(exits.ends(examiner.tables, examiner.timeline, place)):
+        keys.add((report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)))
+    return keys
+
+
+def _status(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> str:
+    errors = {item["cause"] for item in hypotheses if item["severity"] == "error"}
+    hung = any(item["severity"] == "error" and item["evidence"][0]["metric"] == "heartbeat" for item in hypotheses)
+    if errors and not (hung and len(errors) == 1):
+        return "failed"
+    if hung:
+        return "hung"
+    if any(item["severity"] == "warning" for item in hypotheses):
+        return "degraded"
+    enough: Callable[[int], bool] = lambda steps: steps >= policy.ENOUGH_STEPS  # noqa: E731
+    return "healthy" if enough(examiner.finished_steps(index)) else "insufficient"
+
+
+def _coverage(examiner: Examiner) -> dict[str, Any]:
+    tables = examiner.tables
+    wanted = {metric: tables.code(metric) in tables.samples["metric"] for metric in WANTED_METRICS}
+    wanted["collective"] = bool(len(examiner.frame.collectives)) or bool(examiner.frame.wait)
+    wanted["phase"] = bool(examiner.frame.phase)
+    wanted["step"] = examiner.finished_steps(len(examiner.timeline) - 1) > 0
+    wanted.update({f"run.{name}": False for name in examiner.topology.derived})
+    return {
+        "ranks_reporting": len(reporting_ranks(tables)),
+        "world_size": examiner.topology.world_size,
+        "signals_missing": report.signals_missing(examiner, wanted),
+    }

@@ -1,0 +1,329 @@
+"""From changed ranks to weighed explanations: what `diagnose` knows about slow ranks at any step of a run.
+
+Everything expensive (alignment, decomposition, change points) is done once and depends, at step t, on steps ≤ t
+only. So the question "what would the reply up to step N have been" costs little for every N, and its answer is exactly
+what a diagnosis of the records up to N gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lens.diagnosis import changes, measures, peers, policy, replay, signatures
+from lens.diagnosis.arrays import Floats, Ints, median
+from lens.diagnosis.changes import Change
+from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
+from lens.diagnosis.measures import Measure, Scene
+from lens.diagnosis.select import Timeline
+from lens.diagnosis.signals import ExpertLoad, Signals
+from lens.diagnosis.signatures import Explained
+from lens.diagnosis.topology import Topology
+from lens.slots import NULL
+from lens.tables import Tables
+
+PROPORTIONAL = {"compute"}
+"""Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
+GRID_STEPS = 20
+"""What has no onset is judged at every so many steps: it cannot change from one step to the next."""
+SAME_ONSET_STEPS = 5
+CONFIRMED_BY_PLACE = ("slow_dataloader",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Ranks (places) whose self time in a part of the step is too high, from a step on.
+
+    last: over since then. noise: the share of a step that noise alone could have reached.
+    """
+
+    feature: str
+    rows: tuple[int, ...]
+    onset: int
+    last: int | None
+    upto: int
+    noise: float
+    standing: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding with what it costs and how its explanations weigh.
+
+    extra: seconds too long by rank [after, ranks]. share: of a usual step. sure: probability that the excess is
+    real and sits in these ranks. ratio: step time over what it would be without.
+    """
+
+    finding: Finding
+    explained: list[Explained]
+    measures: Mapping[str, Measure]
+    after: Ints
+    extra: Floats
+    share: float
+    sure: float
+    ratio: float | None
+
+    @property
+    def listed(self) -> list[Explained]:
+        """The best explanation and the rivals worth listing."""
+        return [e for place, e in enumerate(self.explained) if place == 0 or e.probability >= policy.RIVAL_SHARE]
+
+
+@dataclass
+class Examiner:
+    """A run made ready to be judged at any of its steps."""
+
+    tables: Tables
+    timeline: Timeline
+    topology: Topology
+    frame: Frame
+    signals: Signals
+    load: ExpertLoad | None
+    features: dict[str, Floats]
+    usual: Floats
+    found: dict[str, list[Change]]
+    _verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tables: Tables, timeline: Timeline, topology: Topology) -> Examiner:
+        """Align, decompose and look for changes."""
+        frame = Frame.of(tables, timeline, topology)
+        features = parts_of_step(frame)
+        usual = median(frame.duration, axis=1)
+        groups = peers.comparable(topology)
+        found = {
+            name: changes.track(values, usual, groups, name in PROPORTIONAL) for name, values in features.items()
+        }
+        return cls(
+            tables, timeline, topology, frame, Signals(tables, timeline, topology),
+            ExpertLoad.of(tables, timeline, topology), features, usual, found,
+        )  # fmt: skip
+
+    def finished_steps(self, index: int) -> int:
+        """Steps up to this place that at least one rank finished."""
+        return int(np.isfinite(self.usual[: index + 1]).sum())
+
+    def first_raised(self) -> int | None:
+        """The first place at which a changed rank could be in a reply; None if there is none."""
+        raised = [change.raised for found in self.found.values() for change in found]
+        return min(raised, default=None)
+
+    def verdicts(self, index: int) -> list[Verdict]:
+        """Slow ranks as judged by the records visible at a step place, costliest first."""
+        if index not in self._verdicts:
+            findings = self._changed(index)
+            findings += self._standing(index, {row for finding in findings for row in finding.rows})
+            judged = [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
+            self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
+        return self._verdicts[index]
+
+    def _changed(self, index: int) -> list[Finding]:
+        """Changes known at this place, one finding for each rank's episode, whole hosts and expert owners as one."""
+        episodes: list[tuple[str, Change, float]] = []
+        for feature, found in self.found.items():
+            for change in found:
+                known = change.seen_at(index)
+                if known is not None:
+                    episodes.append((feature, known, self._mean_share(feature, known, index)))
+        episodes.sort(key=lambda item: (-item[2], item[1].row, item[0]))
+        chosen: list[tuple[str, Change]] = []
+        for feature, change, _ in episodes:
+            rivals = [c for _, c in chosen if c.row == change.row]
+            if not any(_overlap(change, other, index) for other in rivals):
+                chosen.append((feature, change))
+        return self._grouped(chosen, index)
+
+    def _grouped(self, chosen: list[tuple[str, Change]], index: int) -> list[Finding]:
+        """Ranks that share a fate and changed together in the same part of the step are one finding."""
+        findings = []
+        left = sorted(chosen, key=lambda item: (item[0], item[1].onset, item[1].row))
+        while left:
+            feature, change = left[0]
+            together = [
+                (f, c) for f, c in left
+                if f == feature and abs(c.onset - change.onset) <= SAME_ONSET_STEPS
+                and (c.last is None) == (change.last is None)
+            ]  # fmt: skip
+            whole = self._whole_set(change.row, {c.row for _, c in together})
+            group = [(f, c) for f, c in together if c.row in whole]
+            left = [item for item in left if item not in group]
+            lasts = [c.last for _, c in group]
+            last = None if None in lasts else max(x for x in lasts if x is not None)
+            rows = tuple(sorted(c.row for _, c in group))
+            noise = max(c.noise for _, c in group)
+            findings.append(Finding(feature, rows, min(c.onset for _, c in group), last, index, noise))
+        return findings
+
+    def _whole_set(self, row: int, changed: set[int]) -> set[int]:
+        """The largest set that shares a reason with this rank and changed as a whole, else the rank alone."""
+        wholes = [s for s in self.topology.shared_fates() if row in s and s <= changed]
+        return max(wholes, key=lambda s: (len(s), -min(s)), default={row})
+
+    def _mean_share(self, feature: str, change: Change, index: int) -> float:
+        before = self._before(feature, change.row, change.onset)
+        after = np.arange(change.onset, (index if change.last is None else change.last) + 1)
+        extra = self._extra(feature, before, after)[:, change.row]
+        return float(np.nanmean(np.clip(extra / self._unit(before), -1, 2))) if np.isfinite(extra).any() else 0.0
+
+    def _before(self, feature: str, row: int, onset: int) -> Ints:
+        """The rank's past up to an onset, without its earlier episodes."""
+        steps = np.arange(max(policy.WARM_UP_STEPS, onset - measures.BEFORE_STEPS), onset)
+        for change in self.found[feature]:
+            if change.row == row and change.last is not None and change.last < onset:
+                steps = steps[(steps < change.onset) | (steps > change.last)]
+        return steps
+
+    def _extra(self, feature: str, before: Ints, after: Ints) -> Floats:
+        """Seconds above baseline and peers, [after, ranks]."""
+        values = self.features[feature]
+        base = self._base(feature, before)
+        return changes.excess(values[after], base, peers.comparable(self.topology), feature in PROPORTIONAL)
+
+    def _base(self, feature: str, before: Ints) -> Floats:
+        groups = peers.comparable(self.topology)
+        return changes.baseline(self.features[feature][before], groups, feature in PROPORTIONAL)
+
+    def _unit(self, steps: Ints) -> float:
+        known = self.usual[steps][np.isfinite(self.usual[steps])]
+        return float(np.median(known)) if len(known) else float("nan")
+
+    def _standing(self, index: int, taken: set[int]) -> list[Finding]:
+        """Ranks that were slower than their like since the first step, judged at every GRID_STEPS steps."""
+        at = (index + 1) // GRID_STEPS * GRID_STEPS - 1
+        steps = np.arange(policy.WARM_UP_STEPS, at + 1)
+        if len(steps) < policy.STANDING_STEPS_CONFIRMED:
+            return []
+        long_enough = len(steps) >= policy.STANDING_STEPS
+        findings = []
+        for feature in ("compute", "data"):
+            values = self.features.get(feature)
+            if values is None:
+                continue
+            for rank in peers.standing(values, self._unit(steps), self.topology, steps):
+                if rank.row in taken:
+                    continue
+                finding = Finding(feature, (rank.row,), int(steps[0]), None, at, rank.noise, standing=True)
+                verdict = self._judge(finding)
+                if verdict is None:
+                    continue
+                if _confirmed(verdict.explained[0]) or (long_enough and rank.effect >= policy.STANDING_EFFECT):
+                    findings.append(finding)
+        return findings
+
+    def _judge(self, finding: Finding) -> Verdict | None:
+        """Measure and weigh a finding; None when it costs too little, or is too uncertain, to be named."""
+        end = finding.upto if finding.last is None else finding.last
+        after = np.arange(finding.onset, end + 1)
+        before = after[:0] if finding.standing else self._before(finding.feature, finding.rows[0], finding.onset)
+        unit = self._unit(after if finding.standing else before)
+        own, base = self._excess_of(finding, before, after)
+        if not np.isfinite(own).any() or not np.isfinite(unit) or unit <= 0:
+            return None
+        share = float(np.nanmean(np.clip(own / unit, -1, 2)))
+        if share < policy.WORTH_KEEPING:
+            return None
+        seconds = float(np.nanmean(np.clip(own, -unit, 4 * unit)))
+        step_s = self._unit(after)
+        scene = Scene(
+            self.frame, self.signals, self.load, self.features, finding.rows, before, after, end,
+            max(seconds, 1e-9), 1 + seconds / base if base > 0 else 10.0, step_s if np.isfinite(step_s) else unit,
+        )  # fmt: skip
+        taken = measures.take(scene)
+        explained = signatures.weigh(finding.feature, taken)
+        if not self._worth_naming(finding, explained[0], share, len(after)):
+            return None
+        noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
+        sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
+        extra = self._extra_of(finding, after, own)
+        ratio = self._cost_ratio(finding, after, extra)
+        if ratio is not None and ratio - 1 < policy.WORTH_KEEPING:
+            return None
+        return Verdict(finding, explained, taken, after, extra, share, sure, ratio)
+
+    def _excess_of(self, finding: Finding, before: Ints, after: Ints) -> tuple[Floats, float]:
+        """Seconds too long of the finding's ranks [after, rows], and what they should take on average."""
+        rows, values = np.array(finding.rows), self.features[finding.feature]
+        if finding.standing:
+            like = np.setdiff1d(np.flatnonzero(self.topology.kind == self.topology.kind[rows[0]]), rows)
+            others = median(values[np.ix_(after, like)], axis=1)[:, None]
+            return values[np.ix_(after, rows)] - others, float(np.nanmean(others))
+        base = self._base(finding.feature, before)[rows]
+        return self._extra(finding.feature, before, after)[:, rows], float(np.nanmean(base))
+
+    def _extra_of(self, finding: Finding, after: Ints, own: Floats) -> Floats:
+        """The excess as a share of each step's self time: taking it out leaves the rank its usual noise."""
+        rows = np.array(finding.rows)
+        values = np.nan_to_num(self.features[finding.feature][np.ix_(after, rows)])
+        total = values.sum(axis=0)
+        part = np.clip(np.nansum(own, axis=0) / np.where(total > 0, total, np.inf), 0, 1)
+        extra = np.zeros((len(after), len(self.topology)))
+        extra[:, rows] = values * part
+        return extra
+
+    def _worth_naming(self, finding: Finding, best: Explained, share: float, length: int) -> bool:
+        """Whether a finding is sure enough for how well it is explained, and worth a word if it is over."""
+        confirmed = _confirmed(best)
+        if not confirmed and share < policy.UNCONFIRMED_NOISE * finding.noise:
+            return False
+        if finding.last is None:
+            return True
+        cost = share * length / (finding.upto + 1)
+        needed = policy.WORTH_KEEPING if confirmed else policy.UNCONFIRMED_COST
+        return length >= policy.SHORTEST_ENDED_STEPS and cost >= needed
+
+    def _cost_ratio(self, finding: Finding, after: Ints, extra: Floats) -> float | None:
+        """Mean step time over what the same steps would have taken without this finding."""
+        ratio = replay.step_ratio(self.frame, extra, after, finding.feature == "data")
+        return replay.without_graph(self.usual[after], extra) if ratio is None else ratio
+
+    def step_seconds(self, steps: Ints) -> float | None:
+        """Mean duration of these steps over all ranks."""
+        known = self.frame.duration[steps]
+        return float(np.nanmean(known)) if np.isfinite(known).any() else None
+
+
+def parts_of_step(frame: Frame) -> dict[str, Floats]:
+    """The self times that are watched: compute, data and host (what lies between phases and steps)."""
+    parts: dict[str, Floats] = {}
+    compute, data = frame.own_sum(COMPUTE_PHASES), frame.own_sum(LOADING_PHASES)
+    named = [name for name in frame.own if name not in (*COMPUTE_PHASES, *LOADING_PHASES, *APART_PHASES)]
+    if not len(frame.collectives) and not frame.wait:
+        # Without collectives nobody can tell computing from waiting in backward; forward is mostly the rank's own.
+        compute = frame.own.get("forward", compute)
+    if data is not None:
+        parts["data"] = data
+    rest = frame.self_time - sum((np.nan_to_num(own) for own in frame.own.values()), np.zeros(frame.shape))
+    rest = np.maximum(rest, 0) + _gaps(frame)
+    rest = rest + sum((np.nan_to_num(frame.own[name]) for name in named), np.zeros(frame.shape))
+    if compute is None:
+        apart = [np.nan_to_num(own) for name, own in frame.own.items()]
+        compute = frame.self_time - sum(apart, np.zeros(frame.shape))
+    else:
+        parts["host"] = rest
+    parts["compute"] = compute
+    return dict(sorted(parts.items()))
+
+
+def _confirmed(explained: Explained) -> bool:
+    """Whether something besides the self time speaks for an explanation, or its place in the step says enough."""
+    return explained.cause in CONFIRMED_BY_PLACE or any(gain >= 1 for gain in explained.gains.values())
+
+
+def _gaps(frame: Frame) -> Floats:
+    """Seconds between the end of the step before and the start of each step; 0 where one is missing."""
+    gaps = np.zeros(frame.shape)
+    if frame.shape[0] > 1:
+        known = (frame.start_ns[1:] != NULL) & (frame.end_ns[:-1] != NULL)
+        known &= (np.diff(frame.timeline.steps) == 1)[:, None]
+        gaps[1:][known] = (frame.start_ns[1:][known] - frame.end_ns[:-1][known]) * SECONDS
+    return np.maximum(gaps, 0)
+
+
+def _overlap(a: Change, b: Change, index: int) -> bool:
+    """Whether two episodes of a rank are one: they run together for most of the shorter."""
+    ends = [index if c.last is None else c.last for c in (a, b)]
+    together = min(ends) - max(a.onset, b.onset) + 1
+    shorter = min(ends[0] - a.onset, ends[1] - b.onset) + 1
+    return together >= 0.5 * shorter

@@ -1,0 +1,117 @@
+"""Where the wall time of a run went, in the parts that every page, report and verdict uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lens.diagnosis.arrays import Floats
+from lens.diagnosis.decompose import COMPUTE_PHASES, SECONDS, Frame
+from lens.diagnosis.select import Timeline, through
+from lens.diagnosis.topology import Topology
+from lens.slots import NULL
+from lens.tables import Tables
+
+PARTS = (
+    "compute", "exposed_communication", "straggler_wait", "data", "checkpoint", "gc", "bubble", "restart", "other",
+)  # fmt: skip
+
+
+def ledger(run: Mapping[str, Any], tables: Tables, upto_step: int | None = None) -> dict[str, Any]:
+    """The mean rank's wall time from its first step's start to its last step's end, in seconds, by part.
+
+    The parts sum to wall_s; a part nobody recorded is None (and its time, if any, lies in `other` or `compute`).
+    Without a finished step all numbers are None.
+    """
+    timeline = Timeline.of(tables)
+    seen = through(tables, timeline, upto_step)
+    timeline = timeline if seen is tables else Timeline.of(seen)
+    frame = Frame.of(seen, timeline, Topology.of(run, seen))
+    done = np.isfinite(frame.duration)
+    if not done.any():
+        return {"from_step": None, "to_step": None, "wall_s": None, "parts": dict.fromkeys(PARTS)}
+    rows = np.flatnonzero(done.any(axis=0))
+    judged = np.flatnonzero(done.any(axis=1))
+    wall, restart = _wall(frame, seen, rows)
+    parts: dict[str, float | None] = {
+        name: _total(values, done, rows) for name, values in _recorded(frame, done).items()
+    }
+    if restart is not None:
+        parts["restart"] = restart
+    _take_collection_out(parts)
+    parts["other"] = max(0.0, wall - sum(value for value in parts.values() if value is not None))
+    return {
+        "from_step": int(timeline.steps[judged[0]]),
+        "to_step": int(timeline.steps[judged[-1]]),
+        "wall_s": round(wall, 6),
+        "parts": {name: None if parts.get(name) is None else round(float(parts[name] or 0.0), 6) for name in PARTS},
+    }
+
+
+def _recorded(frame: Frame, done: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, Floats | None]:
+    compute = frame.own_sum(COMPUTE_PHASES)
+    if compute is None:
+        named = sum((np.nan_to_num(own) for own in frame.own.values()), np.zeros(frame.shape))
+        compute = np.maximum(frame.self_time - named, 0)
+    pipeline = [frame.wait["pp"]] if "pp" in frame.wait else []
+    waits = [values for kind, values in frame.wait.items() if kind != "pp"]
+    gc = frame.count.get("gc_ns")
+    return {
+        "compute": compute,
+        "data": frame.own_sum(("data", "h2d")),
+        "checkpoint": frame.own_sum(("checkpoint",)),
+        "gc": None if gc is None else gc * SECONDS,
+        "straggler_wait": _sum(waits),
+        "bubble": _sum(pipeline),
+        "exposed_communication": _sum(list(frame.transfer.values())),
+    }
+
+
+def _sum(parts: list[Floats]) -> Floats | None:
+    return np.sum([np.nan_to_num(part) for part in parts], axis=0) if parts else None
+
+
+def _total(
+    values: Floats | None, done: np.ndarray[Any, np.dtype[np.bool_]], rows: np.ndarray[Any, Any]
+) -> float | None:
+    """Seconds of the mean rank over all finished steps."""
+    if values is None:
+        return None
+    return float(np.nansum(np.where(done, np.nan_to_num(values), 0.0)[:, rows]) / len(rows))
+
+
+def _take_collection_out(parts: dict[str, float | None]) -> None:
+    """Garbage is collected inside other parts, mostly compute: what is listed as gc is not counted there again."""
+    gc, compute = parts.get("gc"), parts.get("compute")
+    if gc is not None and compute is not None:
+        parts["gc"] = min(gc, compute)
+        parts["compute"] = compute - min(gc, compute)
+
+
+def _wall(frame: Frame, tables: Tables, rows: np.ndarray[Any, Any]) -> tuple[float, float | None]:
+    """Mean wall seconds of the ranks, and how much of them lies between a failure and the step it was taken up at."""
+    walls, restarts = [], []
+    table = tables.steps
+    for row in rows.tolist():
+        mine = np.flatnonzero((table["rank"] == frame.topology.ranks[row]) & (table["t1_ns"] != NULL))
+        if not len(mine):
+            walls.append(float(np.nansum(frame.duration[:, row])))
+            restarts.append(0.0)
+            continue
+        begun, ended = table["t0_ns"][mine], table["t1_ns"][mine]
+        walls.append((int(ended.max()) - int(begun.min())) * SECONDS)
+        restarts.append(_repeated(frame, row, begun, ended))
+    again = bool(frame.restarts) or bool((tables.events["kind"] == tables.code("run.restart")).any())
+    return float(np.mean(walls)), float(np.mean(restarts)) if again else None
+
+
+def _repeated(frame: Frame, row: int, begun: np.ndarray[Any, Any], ended: np.ndarray[Any, Any]) -> float:
+    """Seconds a rank lost to restarts: steps done twice, and the time until the next attempt's first step."""
+    order = np.argsort(begun, kind="stable")
+    begun, ended = begun[order], ended[order]
+    kept = np.isin(begun, frame.start_ns[:, row])
+    lost = float((ended[~kept] - begun[~kept]).sum()) * SECONDS
+    after_lost = np.flatnonzero(~kept[:-1] & kept[1:]) if len(kept) > 1 else np.zeros(0, int)
+    return lost + float(np.maximum(begun[after_lost + 1] - ended[after_lost], 0).sum()) * SECONDS

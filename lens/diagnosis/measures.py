@@ -1,0 +1,264 @@
+"""What moved with a finding and what did not: every feature that signatures speak of, measured before and after.
+
+A measure's `level` says how far it moved on a scale where 1 is "as far as it would if it belonged to this finding",
+0 is unmoved and None is unknown. Levels of times and shares are relative to the finding's own excess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, finite_median
+from lens.diagnosis.decompose import Frame
+from lens.diagnosis.signals import ExpertLoad, Signals
+
+BIT_POWER_CAP, BIT_THERMAL, BIT_POWER_BRAKE = 0x4, 0x60, 0x80
+BEFORE_STEPS = 128
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One feature around a finding. metric names it in the evidence; title in sentences; unit in both."""
+
+    metric: str
+    title: str
+    unit: str
+    baseline: float | None
+    observed: float | None
+    level: float | None
+
+    @property
+    def effect(self) -> float | None:
+        """Relative change, None where there is nothing to relate it to."""
+        if self.baseline is None or self.observed is None or self.baseline == 0:
+            return None
+        return self.observed / self.baseline - 1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A finding's surroundings. rows: its ranks. before, after: places of steps. extra_s: its excess in seconds per
+    step; ratio: self time after over before; step_s: a step's duration after."""
+
+    frame: Frame
+    signals: Signals
+    load: ExpertLoad | None
+    features: dict[str, Floats]
+    rows: tuple[int, ...]
+    before: Ints
+    after: Ints
+    upto: int
+    extra_s: float
+    ratio: float
+    step_s: float
+
+    @property
+    def others(self) -> Array:
+        """All ranks that the finding does not name."""
+        return np.setdiff1d(np.arange(len(self.frame.topology)), self.rows)
+
+
+def take(scene: Scene) -> dict[str, Measure]:
+    """All measures of a scene by name."""
+    return {name: make(scene) for name, make in MEASURES.items()}
+
+
+def _clip(level: float) -> float:
+    return float(np.clip(level, -1, 1))
+
+
+def _mean(values: Floats | None, steps: Ints, rows: Array | tuple[int, ...]) -> float | None:
+    return None if values is None or not len(steps) else finite_mean(values[np.ix_(steps, np.asarray(rows, int))])
+
+
+def _time(feature: str, metric: str, title: str) -> Callable[[Scene], Measure]:
+    """Self time of a part of the step, in seconds; what peers gained too does not count."""
+
+    def make(scene: Scene) -> Measure:
+        values = scene.features.get(feature)
+        before, after = _mean(values, scene.before, scene.rows), _mean(values, scene.after, scene.rows)
+        if before is None or after is None:
+            return Measure(metric, title, "s", before, after, None)
+        peers = _mean(values, scene.before, scene.others), _mean(values, scene.after, scene.others)
+        common = peers[1] - peers[0] if peers[0] is not None and peers[1] is not None else 0.0
+        return Measure(metric, title, "s", before, after, _clip((after - before - common) / (0.5 * scene.extra_s)))
+
+    return make
+
+
+def _work(values_of: Callable[[Scene], Floats | None], metric: str, title: str) -> Callable[[Scene], Measure]:
+    """An amount of work; level 1 when it grew by at least half of what the self time did."""
+
+    def make(scene: Scene) -> Measure:
+        values = values_of(scene)
+        before, after = _mean(values, scene.before, scene.rows), _mean(values, scene.after, scene.rows)
+        if not before or after is None:
+            return Measure(metric, title, "", before, after, None)
+        peers = _mean(values, scene.before, scene.others), _mean(values, scene.after, scene.others)
+        common = peers[1] / peers[0] if peers[0] and peers[1] is not None else 1.0
+        growth = after / before / (common or 1.0) - 1
+        return Measure(metric, title, "", before, after, _clip(growth / max(0.5 * (scene.ratio - 1), 0.05)))
+
+    return make
+
+
+def _counted(name: str, metric: str, title: str, factor: float, unit: str) -> Callable[[Scene], Measure]:
+    """A time per step that the hook counted; level 1 when it explains half of the excess."""
+
+    def make(scene: Scene) -> Measure:
+        values = scene.frame.count.get(name)
+        before, after = _mean(values, scene.before, scene.rows), _mean(values, scene.after, scene.rows)
+        if after is None:
+            return Measure(metric, title, unit, None, None, None)
+        before = (before or 0.0) * factor
+        return Measure(
+            metric, title, unit, before, after * factor, _clip((after * factor - before) / (0.5 * scene.extra_s))
+        )
+
+    return make
+
+
+def _recompiles(scene: Scene) -> Measure:
+    values = scene.frame.count.get("recompiles")
+    before, after = _mean(values, scene.before, scene.rows), _mean(values, scene.after, scene.rows)
+    level = None if after is None else _clip((after - (before or 0.0)) / 0.1)
+    return Measure("train.recompiles", "recompilations per step", "", before, after, level)
+
+
+def _gauge(
+    metric: str, title: str, unit: str, scale: Callable[[Scene, float], float]
+) -> Callable[[Scene], Measure]:
+    """A gauge of the ranks' cards or processes; scale gives the level from the relative change."""
+
+    def make(scene: Scene) -> Measure:
+        first, last = _bounds(scene.after)
+        after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in scene.rows])
+        low, high = _bounds(scene.before)
+        before = _middle([scene.signals.gauge(metric, row, low, high) for row in scene.rows])
+        like = [row for row in _like(scene) if row not in scene.rows]
+        peers_after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in like])
+        if after is None or (before is None and peers_after is None):
+            return Measure(metric, title, unit, before, after, None)
+        if before is None:
+            # No past: what cards of the same make show at the same time stands for it.
+            before = peers_after
+        elif peers_after is not None:
+            peers_before = _middle([scene.signals.gauge(metric, row, low, high) for row in like])
+            if peers_before:
+                common = peers_after / peers_before
+                return Measure(
+                    metric, title, unit, before, after, scale(scene, after / (before * common or 1.0) - 1)
+                )
+        assert before is not None
+        return Measure(metric, title, unit, before, after, scale(scene, after / before - 1) if before else None)
+
+    return make
+
+
+def _bits(mask: int, title: str) -> Callable[[Scene], Measure]:
+    """Share of the samples of gpu.throttle.reasons that have a bit; peers that have it too take it away."""
+
+    def make(scene: Scene) -> Measure:
+        def share(rows: list[int], low: int, high: int) -> float | None:
+            values = [scene.signals.gauge("gpu.throttle.reasons", row, low, high) for row in rows]
+            known = np.concatenate(values) if values else np.zeros(0)
+            return float(((known.astype(np.int64) & mask) != 0).mean()) if len(known) else None
+
+        first, last = _bounds(scene.after)
+        after = share(list(scene.rows), first + 1, last)
+        before = share(list(scene.rows), *_bounds(scene.before))
+        if after is None:
+            return Measure("gpu.throttle.reasons", title, "", before, after, None)
+        reference = before
+        if reference is None:
+            reference = share([row for row in _like(scene) if row not in scene.rows], first + 1, last) or 0.0
+        return Measure("gpu.throttle.reasons", title, "", reference, after, _clip((after - reference) / 0.5))
+
+    return make
+
+
+def _stolen(metric: str, title: str) -> Callable[[Scene], Measure]:
+    """Seconds per second that a process could not run; level 1 when the growth explains half of the excess."""
+
+    def make(scene: Scene) -> Measure:
+        def rate(rows: list[int] | tuple[int, ...], steps: Ints) -> float | None:
+            if not len(steps):
+                return None
+            found = [scene.signals.rate(metric, row, *_bounds(steps)) for row in rows]
+            return finite_mean(np.array([value for value in found if value is not None]))
+
+        before, after = rate(scene.rows, scene.before), rate(scene.rows, scene.after)
+        if after is None:
+            return Measure(metric, title, "s/s", before, after, None)
+        like = [row for row in _like(scene) if row not in scene.rows]
+        peers_before, peers_after = rate(like, scene.before), rate(like, scene.after)
+        growth = after - (before if before is not None else peers_after or 0.0)
+        if before is not None and peers_before is not None and peers_after is not None:
+            growth -= max(0.0, peers_after - peers_before)
+        share = scene.extra_s / scene.step_s
+        return Measure(metric, title, "s/s", before, after, _clip(growth / max(0.5 * share, 0.02)))
+
+    return make
+
+
+def _like(scene: Scene) -> list[int]:
+    kind = scene.frame.topology.kind
+    kinds = {int(kind[row]) for row in scene.rows}
+    return [row for row in range(len(kind)) if int(kind[row]) in kinds]
+
+
+def _bounds(steps: Ints) -> tuple[int, int]:
+    """First and last place of a run of steps; an empty range where there are none."""
+    return (int(steps[0]), int(steps[-1])) if len(steps) else (1, 0)
+
+
+def _middle(parts: list[Floats]) -> float | None:
+    return finite_median(np.concatenate(parts)) if parts else None
+
+
+def _settled(parts: list[Floats]) -> float | None:
+    """Median of the samples after an onset; the first may still show a mean over the time before."""
+    return _middle([part[1:] if len(part) > 2 else part for part in parts])
+
+
+def _clock_level(scene: Scene, change: float) -> float:
+    """A clock that explains the excess falls by the factor by which self time grows."""
+    expected = 1 - 1 / max(scene.ratio, 1.05)
+    return 0.0 if abs(change) < 0.02 else _clip(change / max(0.5 * expected, 0.03))
+
+
+def _tokens(scene: Scene) -> Floats | None:
+    return scene.frame.count.get("tokens")
+
+
+def _squares(scene: Scene) -> Floats | None:
+    return scene.frame.count.get("seq_sq")
+
+
+def _expert_tokens(scene: Scene) -> Floats | None:
+    return None if scene.load is None else scene.load.tokens
+
+
+MEASURES: dict[str, Callable[[Scene], Measure]] = {
+    "compute": _time("compute", "comm.self", "its own compute time per step"),
+    "data": _time("data", "phase.duration", "its data phase"),
+    "host": _time("host", "comm.self", "its time between the phases"),
+    "tokens": _work(_tokens, "train.tokens", "tokens per step"),
+    "seq_sq": _work(_squares, "train.sequence.squared", "squared sequence length"),
+    "expert_tokens": _work(_expert_tokens, "moe.expert.tokens", "tokens sent to its experts"),
+    "gc": _counted("gc_ns", "process.gc.time", "garbage collection per step", 1e-9, "s"),
+    "logging": _counted("log_ns", "train.log.time", "logging per step", 1e-9, "s"),
+    "recompiles": _recompiles,
+    "clock": _gauge("gpu.clock.sm", "SM clock", "MHz", _clock_level),
+    "temperature": _gauge("hw.temperature", "temperature", "°C", lambda _, change: _clip(change / 0.12)),
+    "power": _gauge("hw.power", "power draw", "W", lambda _, change: _clip(change / 0.2)),
+    "queue": _gauge("train.data.queue_depth", "loader queue", "batches", lambda _, change: _clip(change / 0.6)),
+    "thermal_bit": _bits(BIT_THERMAL, "thermal throttling"),
+    "power_cap_bit": _bits(BIT_POWER_CAP, "power capping"),
+    "power_brake_bit": _bits(BIT_POWER_BRAKE, "power brake"),
+    "run_delay": _stolen("process.cpu.run_delay", "time runnable but not running"),
+    "throttled": _stolen("container.cpu.throttled.time", "CPU quota throttling"),
+}

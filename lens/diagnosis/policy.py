@@ -1,0 +1,59 @@
+"""The numbers the engine judges by, in one place, each with its reason. Shares are of the step's usual duration."""
+
+from __future__ import annotations
+
+WARM_UP_STEPS = 2
+"""First steps of a run or attempt that are never judged: allocation, autotuning, first batches."""
+FIRST_JUDGED_STEPS = 8
+"""Steps after warm-up before a rank has a past that one can compare with."""
+ENOUGH_STEPS = WARM_UP_STEPS + FIRST_JUDGED_STEPS
+"""Fewer finished steps than this and no other finding: `insufficient`."""
+REFERENCE_STEPS = 512
+"""The past a rank is compared with is never longer than this, so that slow drift does not count as a change."""
+
+SMALLEST_EFFECT = 0.05
+"""A cause that costs less of the step need not be named."""
+WORTH_KEEPING = 0.03
+"""A change that is over stays in the reply while it cost at least this share of all time so far."""
+UNCONFIRMED_NOISE = 2.0
+"""A slow rank that no other signal confirms must exceed what noise could reach by this factor …"""
+UNCONFIRMED_COST = 0.05
+"""… and cost this share of all time so far, when it is over."""
+
+SHORTEST_CHANGE_STEPS = 5
+"""A shorter burst is noise until it is longer."""
+SHORTEST_ENDED_STEPS = 10
+CALM_STEPS = 16
+"""A change is over when this many steps together show less than CALM_SHARE of it."""
+CALM_SHARE = 0.4
+
+CUSUM_DRIFT = 0.5
+CUSUM_CLIP = 5.0
+CUSUM_ALARM = 12.0
+"""In robust standard deviations. The clip lets no single stall raise an alarm; drift and alarm level give one false
+alarm in about 1e5 steps of independent noise, and the verification stands behind it for noise that is not."""
+SMALLEST_SIGMA = 0.01
+"""Steps are not known to better than 1 %: a quieter baseline is luck."""
+NOISE_WINDOWS = (4, 8, 16, 32, 64)
+"""Lengths of moving means whose spread is the run's own noise floor; noise on shared machines is correlated over
+tens of steps, so the spread of single steps says little about the spread of means."""
+
+STANDING_STEPS = 38
+STANDING_STEPS_CONFIRMED = 18
+"""Equal ranks on a shared machine differ by 15 % over 20 steps in every second window, and in none of 40."""
+STANDING_EFFECT = 0.20
+"""A rank that was slower than its like since the first step: no past to compare with, so the bar is higher …"""
+STANDING_EFFECT_CONFIRMED = 0.08
+"""… unless its own card says the same (clock)."""
+
+HANG_STEPS = 10.0
+HANG_SECONDS = 5.0
+"""`hung` needs no progress for the larger of 10 × p99 step and 5 s; twice that inside slow phases."""
+SLOW_PHASES = ("checkpoint", "eval", "compile", "recompile")
+
+REPLAY_PIECES = 300_000
+REPLAY_STEPS = 64
+"""The what-if replays at most this much: its answer is a mean, and more steps do not change it."""
+
+RIVAL_SHARE = 0.2
+"""A rival explanation is listed from this probability on."""

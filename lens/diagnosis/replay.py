@@ -1,0 +1,130 @@
+"""What would the step take if the cause were gone? The step graph, run again with less self time.
+
+Within a step each rank computes, enters a collective, leaves it when the last member has entered and the transfer
+is done, and goes on. Replayed once as it was and once without the excess, the two differ by what the cause costs: a
+slow rank that nobody waits for costs nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lens.diagnosis import policy
+from lens.diagnosis.arrays import Array, Floats, Ints, starts_of
+from lens.diagnosis.decompose import SECONDS, Frame
+from lens.slots import NULL
+
+
+def step_ratio(frame: Frame, extra: Floats, steps: Ints, at_begin: bool) -> float | None:
+    """Mean step time as it was over mean step time without the extra self time.
+
+    extra: seconds that each rank took too long [steps given, ranks]. steps: places of these steps. at_begin: the
+    excess lies before the step's first collective (loading), else it is spread over the step's self time.
+    None where the records do not allow a replay (no collectives).
+    """
+    collectives, pieces = frame.collectives, frame.pieces
+    if not len(collectives) or not len(steps):
+        return None
+    steps, extra = _sample(frame, steps, extra)
+    place = np.full(frame.shape[0], -1)
+    place[steps] = np.arange(len(steps))
+    rows = np.flatnonzero(place[collectives.step] >= 0)
+    if not len(rows):
+        return None
+    rows = rows[np.lexsort((pieces.start_ns[rows], collectives.row[rows], place[collectives.step[rows]]))]
+    step, rank = place[collectives.step[rows]], collectives.row[rows]
+    chain = step * frame.shape[1] + rank
+    first = starts_of(chain)
+    begun, ended = frame.start_ns[steps][step[first], rank[first]], frame.end_ns[steps][step[first], rank[first]]
+    known = (begun != NULL) & (ended != NULL)
+    start, end = pieces.start_ns[rows], pieces.end_ns[rows]
+    previous = np.r_[0, end[:-1]]
+    previous[first] = np.where(known, begun, start[first])
+    own = np.maximum(start - previous, 0) * SECONDS
+    last = np.r_[first[1:], len(rows)] - 1
+    tail = np.where(known, np.maximum(ended - end[last], 0), 0) * SECONDS
+    wait = pieces.wait[rows]
+    transfer = (end - start) * SECONDS - wait
+    instance = np.unique(collectives.instance[rows], return_inverse=True)[1]
+    # A send that is buffered is over before its receiver came: it waits for nobody.
+    free = end < collectives.last_entry_ns[rows]
+    transfer = np.where(free, (end - start) * SECONDS, transfer)
+    graph = _Graph(chain, first, last, step, instance, transfer, free, len(steps))
+    lessened, tail_lessened = _without(own, tail, first, last, chain, extra.reshape(-1), at_begin)
+    now, fixed = graph.step_times(own, tail), graph.step_times(lessened, tail_lessened)
+    return float(now.sum() / fixed.sum()) if fixed.sum() > 0 else None
+
+
+def _sample(frame: Frame, steps: Ints, extra: Floats) -> tuple[Ints, Floats]:
+    """At most as many steps as the answer needs, evenly chosen."""
+    per_step = max(1, len(frame.collectives) // max(1, frame.shape[0]))
+    count = int(np.clip(policy.REPLAY_PIECES // per_step, 4, policy.REPLAY_STEPS))
+    if len(steps) <= count:
+        return steps, extra
+    chosen = np.unique(np.linspace(0, len(steps) - 1, count).astype(np.int64))
+    return steps[chosen], extra[chosen]
+
+
+def _without(
+    own: Floats, tail: Floats, first: Ints, last: Ints, chain: Ints, extra: Floats, at_begin: bool
+) -> tuple[Floats, Floats]:
+    """Self times with the excess taken out, first of all where it arose."""
+    rest = np.maximum(np.nan_to_num(extra), 0)[chain[first]]
+    lessened, tail = own.copy(), tail.copy()
+    if at_begin:
+        taken = np.minimum(rest, lessened[first])
+        lessened[first] -= taken
+        return lessened, tail
+    total = np.add.reduceat(own, first) + tail
+    kept = 1 - np.minimum(rest / np.maximum(total, 1e-12), 1)
+    lengths = last - first + 1
+    return lessened * np.repeat(kept, lengths), tail * kept
+
+
+class _Graph:
+    """Chains of collectives by (step, rank), tied to each other where ranks meet."""
+
+    def __init__(
+        self,
+        chain: Ints,
+        first: Ints,
+        last: Ints,
+        step: Ints,
+        instance: Ints,
+        transfer: Floats,
+        free: Array,
+        steps: int,
+    ) -> None:
+        self._first, self._last, self._steps = first, last, steps
+        self._step_of_chain = step[first]
+        self._instance, self._transfer, self._free = instance, transfer, free
+        self._count = int(instance.max()) + 1
+        self._depth = int(np.bincount(np.unique(chain, return_inverse=True)[1]).max())
+        self._is_first = np.zeros(len(chain), bool)
+        self._is_first[first] = True
+
+    def step_times(self, own: Floats, tail: Floats) -> Floats:
+        """Seconds from the common start of each step until its last rank ends."""
+        left = np.zeros(len(own))
+        for _ in range(4 * self._depth + 4):
+            entered = own + np.where(self._is_first, 0.0, np.r_[0.0, left[:-1]])
+            latest = np.zeros(self._count)
+            np.maximum.at(latest, self._instance, entered)
+            moved = np.where(self._free, entered, latest[self._instance]) + self._transfer
+            if np.array_equal(moved, left):
+                break
+            left = moved
+        done = left[self._last] + tail
+        result = np.zeros(self._steps)
+        np.maximum.at(result, self._step_of_chain, done)
+        return result
+
+
+def without_graph(durations: Floats, extra: Array) -> float | None:
+    """The same ratio where no collectives were recorded: the step shrinks by what its slowest rank loses."""
+    lost = np.nanmax(np.where(np.isfinite(extra), np.maximum(extra, 0), 0.0), axis=1)
+    known = np.isfinite(durations)
+    if not known.any():
+        return None
+    fixed = float(np.mean(np.maximum(durations[known] - lost[known], 0.0)))
+    return float(durations[known].mean()) / fixed if fixed > 0 else None

@@ -1,0 +1,170 @@
+"""The table of causes: what rises, what falls and what must not move when a rank takes too long.
+
+A new cause is one row. Each expectation adds a log-likelihood ratio against "unexplained", which stands at 0: the
+row's weight when the measure moved as expected, minus the miss when it is known not to have, and a small doubt when
+nobody measured it. No single measure can settle a case alone beyond its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lens.diagnosis.measures import Measure
+
+RISES, FALLS, STILL = 1, -1, 0
+UNMOVED = 0.35
+"""Levels below this count as unmoved."""
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What a cause does to a measure. weight: gain when seen (for STILL: loss when it moved). miss: loss when known
+    not to have happened. unknown: loss when nobody measured it."""
+
+    measure: str
+    direction: int
+    weight: float = 2.0
+    miss: float = 2.0
+    unknown: float = 0.0
+
+    def gain(self, level: float | None) -> float:
+        """Log-likelihood ratio of what was measured."""
+        if level is None:
+            return -self.unknown
+        if self.direction == STILL:
+            return -self.weight * max(0.0, abs(level) - UNMOVED) / (1 - UNMOVED)
+        seen = level * self.direction
+        if seen <= UNMOVED:
+            return -self.miss * (1 - max(0.0, seen))
+        return self.weight * seen
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A cause of a rank's excess. features: the parts of the step in which the excess may lie."""
+
+    cause: str
+    features: tuple[str, ...]
+    prior: float
+    expects: tuple[Expect, ...]
+    advice: str
+    severity: str = "warning"
+
+
+def _rises(measure: str, weight: float = 2.0, miss: float = 2.0, unknown: float = 0.0) -> Expect:
+    return Expect(measure, RISES, weight, miss, unknown)
+
+
+def _falls(measure: str, weight: float = 2.0, miss: float = 2.0, unknown: float = 0.0) -> Expect:
+    return Expect(measure, FALLS, weight, miss, unknown)
+
+
+def _still(measure: str, weight: float = 2.5) -> Expect:
+    return Expect(measure, STILL, weight)
+
+
+SIGNATURES: tuple[Signature, ...] = (
+    Signature(
+        "slow_device", ("compute",), 0.9,
+        (
+            _falls("clock", 3.0, 4.0, 0.3), _still("thermal_bit", 4.0), _still("power_cap_bit", 3.0),
+            _still("power_brake_bit", 4.0), _still("tokens"), _still("expert_tokens"), _still("seq_sq"),
+            _still("run_delay"), _still("throttled"), _still("gc", 4.0), _still("recompiles"), _still("data", 0.5),
+        ),
+        "Take {component} out of the job and test it (clock locks, power limit, memory errors), or move rank {ranks} "
+        "to a spare card.",
+    ),
+    Signature(
+        "thermal_throttle", ("compute",), -0.5,
+        (
+            _rises("thermal_bit", 4.5, 5.0, 3.0), _falls("clock", 1.5, 2.0, 0.3), _rises("temperature", 1.0, 0.5),
+            _still("power_cap_bit", 1.0), _still("tokens"), _still("run_delay", 1.5), _still("throttled"),
+        ),
+        "Look at the cooling of {component}: airflow, inlet temperature, dust, a neighbour's exhaust.",
+    ),
+    Signature(
+        "power_cap", ("compute",), -0.5,
+        (
+            _rises("power_cap_bit", 4.5, 5.0, 3.0), _falls("clock", 1.5, 2.0, 0.3), _still("thermal_bit", 2.0),
+            _still("temperature", 0.5), _still("tokens"), _still("run_delay", 1.5), _still("throttled"),
+        ),
+        "Compare the power limit of {component} with its peers' and raise it, or ask who lowered the host's budget.",
+    ),
+    Signature(
+        "power_brake", ("compute",), -1.0,
+        (_rises("power_brake_bit", 5.0, 5.0, 3.5), _falls("clock", 1.5, 2.0, 0.3), _still("tokens")),
+        "Check the power supplies of {component}: the board asked its card to brake.",
+    ),
+    Signature(
+        "hot_expert", ("compute",), -0.5,
+        (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _still("run_delay", 1.0), _still("throttled", 1.0)),
+        "Balance the router (auxiliary loss, capacity factor) or spread the experts of rank {ranks} over more cards.",
+    ),
+    Signature(
+        "cpu_contention", ("compute", "data", "host"), -0.5,
+        (
+            _rises("run_delay", 4.0, 4.0, 3.0), _still("throttled", 3.0), _still("clock", 1.5), _still("gc", 2.0),
+            _still("tokens", 1.0),
+        ),
+        "Find what else runs on the cores of rank {ranks} and pin the trainer and its loaders away from it.",
+    ),
+    Signature(
+        "cpu_quota", ("compute", "data", "host"), -0.5,
+        (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 1.0)),
+        "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
+    ),
+    Signature(
+        "slow_dataloader", ("data",), 2.0,
+        (
+            _still("compute", 2.0), _falls("queue", 1.5, 2.0), _still("run_delay", 3.0), _still("throttled", 3.0),
+            _still("gc", 2.0),
+        ),
+        "Give rank {ranks} more loader workers or faster storage, and look at what its samples cost to prepare.",
+    ),
+    Signature(
+        "python_gc", ("compute", "host", "data"), -0.5,
+        (_rises("gc", 5.0, 5.0, 4.0), _still("clock", 1.0)),
+        "Freeze or schedule Python's garbage collection on rank {ranks} (gc.freeze, gc.disable with a planned collect).",
+    ),
+    Signature(
+        "recompilation", ("compute",), -0.5,
+        (_rises("recompiles", 4.5, 5.0, 4.0), _still("clock", 1.0)),
+        "Mark the changing dimension as dynamic or pad it: rank {ranks} compiles again and again.",
+    ),
+    Signature(
+        "logging_overhead", ("host",), -0.5,
+        (_rises("logging", 5.0, 5.0, 4.0),),
+        "Log less often on rank {ranks}, or from another thread.",
+    ),
+)  # fmt: skip
+UNEXPLAINED_ADVICE = "Profile rank {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A cause weighed against a finding: its probability among the rivals, and what spoke for and against it."""
+
+    cause: str
+    probability: float
+    signature: Signature | None
+    gains: Mapping[str, float]
+
+
+def weigh(feature: str, measures: Mapping[str, Measure]) -> list[Explained]:
+    """All causes that can show in this part of the step, likeliest first; `unexplained` is always among them."""
+    rivals: list[tuple[float, str, Signature | None, dict[str, float]]] = [(0.0, "unexplained", None, {})]
+    for signature in SIGNATURES:
+        if feature not in signature.features:
+            continue
+        gains = {e.measure: e.gain(measures[e.measure].level) for e in signature.expects if e.measure in measures}
+        rivals.append((signature.prior + sum(gains.values()), signature.cause, signature, gains))
+    rivals.sort(key=lambda rival: (-rival[0], rival[1]))
+    weights = np.exp(np.array([score for score, *_ in rivals]) - rivals[0][0])
+    shares = weights / weights.sum()
+    return [
+        Explained(cause, float(share), signature, gains)
+        for share, (_, cause, signature, gains) in zip(shares, rivals, strict=True)
+    ]
