@@ -43,7 +43,7 @@ class Windows(Dataset[Tensor]):
         seed: int,
         rank: int,
         slow_from: int | None = None,
-        slow_seconds: float = 0.0,
+        slow_seconds: Tensor | None = None,
     ) -> None:
         self.corpus = corpus
         self.length = length
@@ -51,14 +51,15 @@ class Windows(Dataset[Tensor]):
         self.key = seed * 1_000_003 + rank * 7_919
         # Known by the sample's number, so that workers which prefetch are slow for exactly these samples.
         self.slow_from = count if slow_from is None else slow_from
+        # Seconds a sample, in shared memory: the trainer learns them while the workers run.
         self.slow_seconds = slow_seconds
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Tensor:
-        if index >= self.slow_from:
-            time.sleep(self.slow_seconds)
+        if self.slow_seconds is not None and index >= self.slow_from:
+            time.sleep(self.slow_seconds.item())
         place = _scatter(self.key + index) % (len(self.corpus) - self.length)
         return self.corpus[place : place + self.length]
 

@@ -3,7 +3,7 @@
 | name | what happens from STEP on, on RANK only | factor |
 |---|---|---|
 | slow_compute | forward and backward take FACTOR times as long; its simulated card clocks down as much | 2 |
-| slow_loader | every sample costs the loader's workers FACTOR ms more | 15 |
+| slow_loader | its loader's workers sleep over each batch, FACTOR times as long as a step took before | 2 |
 | nan | the local loss is NaN at STEP, once | - |
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-DEFAULT_FACTORS = {"slow_compute": 2.0, "slow_loader": 15.0, "nan": math.nan}
+DEFAULT_FACTORS = {"slow_compute": 2.0, "slow_loader": 2.0, "nan": math.nan}
 _SPELLING = re.compile(r"(?P<name>\w+)@(?P<step>\d+):(?P<rank>\d+)(?:x(?P<factor>[\d.]+))?")
 
 
@@ -54,12 +55,18 @@ class Fault:
 class Faults:
     """The faults of one rank."""
 
-    def __init__(self, faults: list[Fault], rank: int) -> None:
+    def __init__(self, faults: list[Fault], rank: int, batch: int, workers: int) -> None:
         self._own = {fault.name: fault for fault in faults if fault.rank == rank}
         self.pace = Pace()
+        # Shared with the loader's workers, which prefetch in processes of their own.
+        self.sample_seconds = torch.zeros((), dtype=torch.float64).share_memory_()
+        self._samples_at_once = batch / max(1, workers)
+        self._began = 0.0
+        self._took: list[float] = []
 
     def begin_step(self, step: int) -> None:
         """Let faults that begin at this step take effect."""
+        self._learn_pace(step)
         slow = self._own.get("slow_compute")
         if slow and step == slow.step:
             self.pace.factor = slow.factor
@@ -70,10 +77,20 @@ class Faults:
         nan = self._own.get("nan")
         return loss * math.nan if nan and step == nan.step else loss
 
-    def slow_samples(self) -> tuple[int, float] | None:
-        """First step whose samples are slow to load, and seconds each costs more."""
+    def slow_loader_from(self) -> int | None:
+        """First step whose batch is slow to load; None when the loader keeps its pace."""
         slow = self._own.get("slow_loader")
-        return (slow.step, slow.factor / 1000) if slow else None
+        return slow.step if slow else None
+
+    def _learn_pace(self, step: int) -> None:
+        """Until the loader's fault begins: how long a step takes here, so that the fault is felt on any machine."""
+        slow = self._own.get("slow_loader")
+        now = time.monotonic()
+        if slow and 0 < step < slow.step:
+            self._took.append(now - self._began)
+            seconds = slow.factor * statistics.median(self._took)
+            self.sample_seconds.fill_(seconds / self._samples_at_once)
+        self._began = now
 
     def end(self) -> None:
         """Give the simulated card its speed back."""

@@ -70,7 +70,7 @@ class Trainer:
             capacity_factor=None if options.dropless else options.capacity_factor,
         )
         self.layout = Layout(world, options.expert_parallel or min(2, world), options.experts)
-        self.faults = Faults(options.fault, rank)
+        self.faults = Faults(options.fault, rank, options.batch, options.data_workers)
         self.ranks = Ranks(self.layout, rank, self.faults.pace)
         self.model = MoeModel(self.size, self.ranks, options.seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.learning_rate, fused=True)
@@ -146,15 +146,15 @@ class Trainer:
         partial.replace(target)
 
     def _windows(self, training: Tensor) -> data.Windows:
-        slow = self.faults.slow_samples()
+        slow_from = self.faults.slow_loader_from()
         return data.Windows(
             training,
             length=self.size.sequence + 1,
             count=self.options.steps * self.size.batch,
             seed=self.options.seed,
             rank=self.rank,
-            slow_from=slow[0] * self.size.batch if slow else None,
-            slow_seconds=slow[1] if slow else 0.0,
+            slow_from=None if slow_from is None else slow_from * self.size.batch,
+            slow_seconds=None if slow_from is None else self.faults.sample_seconds,
         )
 
     def _watch(self) -> None:
