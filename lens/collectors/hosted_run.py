@@ -52,10 +52,12 @@ class HostedRun:
         self._process_collector = ProcessCollector(self._targets)
         self._poller = Poller([self._process_collector])
         self._parts: list[RingPart] = []
+        self._lost: dict[str, int] = {}
+        """Overwritten slots that the parts gathered speak of; they count once these are spooled."""
         self._cursors: dict[str, int] = {}
         self._heartbeat_due = 0.0
         self._anchor_due = 0.0
-        self._said_full = False
+        self._disk_full = False
         self._said_archive = False
         self._reported_lost: dict[str, int] = {}
         self._reported_dropped = self.spool.counts.dropped_batches
@@ -120,7 +122,7 @@ class HostedRun:
 
     def gather(self) -> bool:
         """Take what is new from the processes' rings; whether there may be more right away."""
-        self._parts = []
+        self._parts, self._lost = [], {}
         self._cursors = {key: at for key, at in self.spool.cursors.items() if self._still_there(key)}
         more = False
         for process in self.processes.values():
@@ -149,15 +151,17 @@ class HostedRun:
         except SpoolFullError as error:
             self._put_back(error)
             return False
-        if self._said_full:
+        for key, lost in self._lost.items():
+            self.processes[key].overwritten += lost
+        if self._disk_full:
             self._say(f"spooling run {self.run} again")
-        self._said_full = False
+        self._disk_full = False
         return True
 
     def bury(self) -> None:
         """Archive and remove the rings of processes that ended and are spooled to the last slot."""
         for process in list(self.processes.values()):
-            if not process.drained or self._said_full:
+            if not process.drained or self._disk_full:
                 continue
             try:
                 if not process.is_agent:
@@ -180,7 +184,7 @@ class HostedRun:
             if not self.commit():
                 break
         own = self.processes[self.ring.directory.name]
-        if not self._said_full:
+        if not self._disk_full:
             own.remove()
         for process in self.processes.values():
             process.close()
@@ -191,7 +195,8 @@ class HostedRun:
         if harvest.part is None:
             return
         self._parts.append(harvest.part)
-        process.overwritten += harvest.part.lost
+        if harvest.part.lost:
+            self._lost[process.key] = self._lost.get(process.key, 0) + harvest.part.lost
         if process.workload is not None:
             process.workload.add_slots(harvest.part)
 
@@ -199,18 +204,11 @@ class HostedRun:
         """The rings are the buffer now: read the same again next time."""
         for process in self.processes.values():
             process.rewind(self.spool.cursors)
-        for part in self._parts:
-            self._forget_lost(part)
-        if not self._said_full:
+        if not self._disk_full:
             self._say(
                 f"the spool in {self._settings.spool} cannot be written ({error}); the rings keep what is new"
             )
-        self._said_full = True
-
-    def _forget_lost(self, part: RingPart) -> None:
-        for process in self.processes.values():
-            if process.about == part.about:
-                process.overwritten -= part.lost
+        self._disk_full = True
 
     def _still_there(self, key: str) -> bool:
         return (self._host_directory / key.partition("/")[0]).exists()

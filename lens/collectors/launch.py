@@ -126,9 +126,8 @@ def ensure_agent(settings: Settings) -> bool:
 
 def _environment(settings: Settings, lock: AgentLock) -> dict[str, str]:
     """The caller's environment with these settings; the agent serves the host, so the rank's own are left out."""
-    environment = {
-        key: value for key, value in os.environ.items() if key.removeprefix("LENS_").lower() not in _OF_THE_RANK
-    }
+    of_the_rank = {"LENS_" + name.upper() for name in _OF_THE_RANK}
+    environment = {key: value for key, value in os.environ.items() if key not in of_the_rank}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value is None or field.name in _OF_THE_RANK:

@@ -63,7 +63,8 @@ class TrackedProcess:
         """Where the slots go besides the spool: the rank's simulated card."""
         self.described_device: str | None = None
         self._about_seen: tuple[int, int] = (0, 0)
-        self._open_sent: set[tuple[str, str, int]] = set()
+        self._open_sent: dict[str, set[tuple[str, str, int]]] = {}
+        """Open spans already told of, by ring; forgotten once they are closed."""
         self._error_file = _environment(pid).get("TORCHELASTIC_ERROR_FILE") if not own else None
 
     @property
@@ -118,7 +119,7 @@ class TrackedProcess:
         """What is new in one ring."""
         reader = self.readers[name]
         part = reader.poll(POLL_SLOTS)
-        spans = self._newly_open(reader)
+        spans = self._newly_open(name, reader)
         if spans and part is None:
             part = RingPart(self.about, list(reader.strings), b"", reader.cursor)
         if part is not None:
@@ -201,14 +202,18 @@ class TrackedProcess:
         self.readers = {}
         self.watch.close()
 
-    def _newly_open(self, reader: RingReader) -> list[dict[str, Any]]:
+    def _newly_open(self, name: str, reader: RingReader) -> list[dict[str, Any]]:
         """Spans that are open for long, each once; all of them once the process has ended."""
-        now, found = time.monotonic_ns(), []
+        now, told = time.monotonic_ns(), self._open_sent.get(name, set())
+        still_told, found = set(), []
         for span in reader.open_spans():
             key = (str(span["kind"]), str(span["name"]), int(span["t0"]))
-            if key not in self._open_sent and (self.ended or now - span["t0"] > OPEN_AFTER_NS):
-                self._open_sent.add(key)
+            if key in told:
+                still_told.add(key)
+            elif self.ended or now - span["t0"] > OPEN_AFTER_NS:
+                still_told.add(key)
                 found.append(span)
+        self._open_sent[name] = still_told
         return found
 
 

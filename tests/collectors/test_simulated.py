@@ -35,7 +35,7 @@ def run(device: SimDevice, seconds: float, compute: float, comm: float = 0.0, st
     """Let the card work: shares of each stretch of time."""
     now = device._now_ns or 0
     for _ in range(int(seconds / step_s)):
-        device.work("compute", compute * step_s, flops=compute * step_s * 2.5e10)
+        device.work("compute", compute * step_s, flops=compute * step_s * 2.5e9)
         device.work("comm", comm * step_s)
         now += int(step_s * SECOND)
         device.advance(now)

@@ -24,7 +24,7 @@ CONTEXT_BYTES = 600 * 1024 * 1024
 RESERVED_BYTES = 600 * 1024 * 1024
 MEMORY_SCALE = 64
 """Bytes of card memory that stand for one byte of the toy's process memory."""
-TOY_PEAK_FLOPS = 5e10
+TOY_PEAK_FLOPS = 5e9
 """FLOP/s of a toy rank on its core that count as the card's full tensor rate."""
 _POWER_SHARE = {"compute": 0.78, "comm": 0.28, "copy": 0.25}
 _TENSOR_POWER_SHARE = 0.3
