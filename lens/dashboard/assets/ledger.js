@@ -36,7 +36,7 @@ export class LedgerPanel extends Panel {
     }
     this.say(null);
     replace(this.legend, JSON.stringify([ledger.from_step, ledger.to_step]), () => [
-      element("span", { class: "lens-key lens-quiet" }, `steps ${ledger.from_step}–${ledger.to_step}, all ranks together: ${quantity(ledger.wall_s, "s")}`),
+      element("span", { class: "lens-key lens-quiet" }, `steps ${ledger.from_step}–${ledger.to_step}: ${quantity(ledger.wall_s, "s")} of the mean rank`),
     ]);
     replace(this.picture, JSON.stringify(ledger), () => this.bar(ledger, measured, unknown));
   }

@@ -14,6 +14,7 @@ import { scheme } from "./palette.js";
 const PAGES = { runs: Runs, overview: Overview, ranks: Ranks };
 const SCHEME_KEY = "mantine-color-scheme-value";
 const TICK_MS = 500;
+const SLOWEST_MS = 3000;
 
 class App {
   /** @param {HTMLElement} content @param {Session|null} session begun while the shell was still being built */
@@ -30,7 +31,7 @@ class App {
     document.getElementById("help-open").addEventListener("click", () => help(this));
     new MutationObserver(() => this.recolor()).observe(document.documentElement, { attributeFilter: ["data-mantine-color-scheme"] });
     listen(this);
-    setInterval(() => this.changed(), TICK_MS);
+    setInterval(() => drawStatus(this), TICK_MS); // data grows older even when nothing arrives
     this.follow();
   }
 
@@ -95,6 +96,7 @@ class App {
   }
 
   draw() {
+    this.chosen = null; // found once a picture: it looks through all values
     drawStatus(this);
     const blocked = this.drawNotice();
     if (!this.open || blocked) return;
@@ -159,6 +161,7 @@ class App {
   /** Takes a change of what is shown into the address. */
   update(change) {
     this.address = { ...this.address, ...change };
+    this.chosen = null;
     history.replaceState(null, "", format(this.address));
     this.session?.setRange(this.address.x);
     this.show();
@@ -195,12 +198,24 @@ class App {
 
   /** The ranks of the address, else those of the verdict, else the one that stands out; `why` says which. */
   chosenRanks() {
+    this.chosen ??= this.findRanks();
+    return this.chosen;
+  }
+
+  /** The rank with the highest median, looked for again every few seconds. */
+  slowestOf(matrix) {
+    const now = performance.now();
+    if (this.slowest?.matrix !== matrix || now - this.slowest.at > SLOWEST_MS) this.slowest = { matrix, at: now, rank: slowestRank(matrix) };
+    return this.slowest.rank;
+  }
+
+  findRanks() {
     if (this.address.ranks.length) return { ranks: this.address.ranks, why: "" };
     const { matrix } = this.session.source(this.metric);
     if (!matrix?.rows.length) return { ranks: [], why: "" };
     const blamed = (this.session.diagnosis?.hypotheses[0]?.ranks ?? []).filter((rank) => matrix.rowOf.has(rank));
     if (blamed.length) return { ranks: blamed, why: "shown is what the verdict names" };
-    const slowest = slowestRank(matrix);
+    const slowest = this.slowestOf(matrix);
     return { ranks: slowest === null ? [] : [slowest], why: "shown is the one with the highest median" };
   }
 }

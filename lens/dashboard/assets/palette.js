@@ -16,9 +16,17 @@ export function lines() {
   return LINES[scheme()];
 }
 
-/** A colour named in lens.css, as it is now. */
+const named = { light: new Map(), dark: new Map() };
+
+/** A colour named in lens.css, as it is now; asking the browser each time would cost more than the drawing. */
 export function css(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--lens-${name}`).trim();
+  const known = named[scheme()];
+  let colour = known.get(name);
+  if (colour === undefined) {
+    colour = getComputedStyle(document.documentElement).getPropertyValue(`--lens-${name}`).trim();
+    known.set(name, colour);
+  }
+  return colour;
 }
 
 export function transparent(hex, alpha) {

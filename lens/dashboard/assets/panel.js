@@ -61,7 +61,13 @@ export class Panel {
     if (!this.root.isConnected) return;
     if (!this.twin.hidden) this.drawTable();
     this.render();
-    this.root.dataset.drawnStep = this.session.lastStep ?? "";
+    this.root.dataset.drawnStep = this.newestStep() ?? "";
+  }
+
+  /** The last step that this picture holds. */
+  newestStep() {
+    const steps = this.sources().map((name) => this.session.source(name).matrix?.lastStep ?? -1);
+    return steps.length && Math.min(...steps) >= 0 ? Math.min(...steps) : null;
   }
 
   drawTable() {

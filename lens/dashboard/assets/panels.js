@@ -34,7 +34,8 @@ class ChartPanel extends Panel {
       left: this.left,
       onCursor: (index) => {
         this.cursor = index;
-        if (!this.pointing) this.app.point(index === null ? null : this.data[0][index] ?? null, this);
+        // The hook also fires when new data slides under a crosshair that another picture has set.
+        if (this.picture.matches(":hover")) this.app.point(index === null ? null : this.data[0][index] ?? null, this);
         this.drawLegend();
       },
     });
@@ -43,9 +44,7 @@ class ChartPanel extends Panel {
   /** Shows the step that another picture points at. */
   pointAt(step) {
     const { plot } = this.chart;
-    this.pointing = true;
     plot.setCursor({ left: step === null ? -10 : plot.valToPos(step, "x"), top: step === null ? -10 : 1 });
-    this.pointing = false;
   }
 
   /** Whether the y axis begins at zero. */

@@ -142,7 +142,7 @@ export class Session {
     if (header.ledger) this.ledger = header.ledger;
     if (header.reset) this.reload();
     for (const block of blocks) for (const source of this.sources.values()) if (source.matches(block)) source.take(block);
-    this.changed();
+    if (blocks.length || header.diagnosis || header.reset) this.changed();
   }
 
   onConnection(connected) {

@@ -71,7 +71,7 @@ function finding(hypothesis, diagnosis, meta) {
       "div",
       { class: "lens-reasons" },
       reason("Why", evidence(hypothesis, meta), "no single measurement moved; see the Ranks page"),
-      reason("Why nothing else", (hypothesis.against ?? []).map((each) => [element("b", {}, `${causeName(each.cause)}: `), each.because]), "no rival explanation was examined"),
+      reason("Why nothing else", (hypothesis.against ?? []).map((each) => [element("b", {}, `${causeName(each.cause)}: `), each.because]), "the signals that could rule out others were not reported"),
       reason("What to do", hypothesis.recommendation ? [[hypothesis.recommendation]] : [], "no recommendation is known"),
     ),
   ];

@@ -46,7 +46,7 @@ def layout() -> list[Component]:
         panel(
             "ledger",
             "Where the time went",
-            "Every second of every rank, by what it was spent on. The parts add up to the whole.",
+            "Every second of the mean rank, by what it was spent on. The parts add up to the whole.",
             identifier="ledger",
             height=0,
             wide=True,
