@@ -32,6 +32,7 @@ from lens.cli.options import add_data, settings_of
 from lens.cli.processes import start, stop, wait_until
 from lens.cli.reader import ServerReader, owner_of
 from lens.cli.run import new_run_id
+from lens.recorder import private_directory
 from lens.settings import Settings, default_rings
 
 HELP = "a real MoE training on this machine, live in a minute"
@@ -177,11 +178,9 @@ def run(arguments: argparse.Namespace) -> int:
             "stop it, or name another folder with --data",
             UNREACHABLE,
         )
-    name = new_run_id()
     data = settings.data.resolve()
-    demo = _Demo(
-        Settings.load(data=data), name, default_rings() / f"demo-{os.getpid()}", arguments.port, arguments.json
-    )
+    rings = private_directory(default_rings()) / f"demo-{os.getpid()}"
+    demo = _Demo(Settings.load(data=data), new_run_id(), rings, arguments.port, arguments.json)
     # A kill that asks politely ends everything too, like Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
