@@ -165,6 +165,7 @@ class Collectives:
             if compiling() or not part.on:
                 return original(*args, **kwargs)
             t0 = clock()
+            failed = None
             try:
                 group = args[group_at] if len(args) > group_at else kwargs.get("group")
                 entry = known.get(id(group)) or self._meet(group)
@@ -184,10 +185,10 @@ class Collectives:
                     else:
                         self._writer().enter(self._flight(op, entry, dtype, number, size, t0))
             except Exception as error:
-                part.fail(error)
+                failed = error
                 entry = None
             if entry is None:
-                return original(*args, **kwargs)
+                return _unrecorded(part, failed, original, args, kwargs)
             before = clock()
             result = original(*args, **kwargs)
             t1 = clock()
@@ -218,7 +219,7 @@ class Collectives:
             if compiling() or not part.on:
                 return original(*args, **kwargs)
             t0 = _clock()
-            entry = None
+            failed = entry = None
             try:
                 group = args[group_at] if len(args) > group_at else kwargs.get("group")
                 entry = self._groups.get(id(group)) or self._meet(group)
@@ -230,11 +231,11 @@ class Collectives:
                     self._writer().enter(flight)
                     before = entry.own_number()
             except Exception as error:
-                part.fail(error)
+                failed = error
                 entry = None
-            result = original(*args, **kwargs)
             if entry is None:
-                return result
+                return _unrecorded(part, failed, original, args, kwargs)
+            result = original(*args, **kwargs)
             t1 = _clock()
             try:
                 # Where the backend numbers messages too, they must not shift the numbers of collectives.
@@ -332,6 +333,14 @@ class Collectives:
             self._writer().leave(found[1], t1, waited_from, _ASYNC)
         except Exception as error:
             self.part.fail(error)
+
+
+def _unrecorded(part: Part, failed: Exception | None, original: Any, args: Any, kwargs: Any) -> Any:
+    """The original alone; if it accepts what we could not read, the fault was ours."""
+    result = original(*args, **kwargs)
+    if failed is not None:
+        part.fail(failed)
+    return result
 
 
 def _position(function: Any, parameter: str) -> int:

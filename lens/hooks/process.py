@@ -93,7 +93,7 @@ def start_agent(settings: Settings) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "LENS_HOST": settings.host, "PYTHONPATH": _path_of_lens()},
+                env=_agent_environment(settings),
                 timeout=_SHARE_S,
                 check=True,
             )
@@ -160,7 +160,13 @@ def _accelerator(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _path_of_lens() -> str:
-    """PYTHONPATH under which the agent finds this very lens, however the training was started."""
+def _agent_environment(settings: Settings) -> dict[str, str]:
+    """The agent's environment: the settings in force here, wherever they came from, and the way to this lens."""
+    shared = {
+        f"LENS_{name.upper()}": str(getattr(settings, name))
+        for name in ("host", "token", "data", "rings", "spool", "simulate")
+        if getattr(settings, name) is not None
+    }
     own = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **shared, "PYTHONPATH": path}

@@ -69,6 +69,8 @@ class Session:
 
     def close(self) -> None:
         """Put everything back and close the ring."""
+        if self.values.part.on:
+            self.values.later.use_all()
         for part in reversed(self.parts):
             part.switch_off()
         self.recorder.close(self.clean)
@@ -88,6 +90,8 @@ class Session:
             api.detach()
 
     def _after_step(self, now: int) -> bool:
+        if self.values.part.on:
+            self.values.use_what_arrived()
         if now - self._counters_at >= _COUNTERS_NS:
             self._counters_at = now
             self.recorder.row(self._gc_column, (self.timeline.gc_ns / 1e9,), now)

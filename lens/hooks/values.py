@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lens.hooks.guard import Part, warn
+from lens.hooks.later import Later, is_on_device
 from lens.hooks.timeline import Timeline
 from lens.recorder import Recorder
 from lens.slots import COLUMN_SEPARATOR, series_key
@@ -24,6 +25,7 @@ class Values:
 
     def __init__(self, recorder: Recorder, timeline: Timeline) -> None:
         self.part = Part("values")
+        self.later = Later()
         self._recorder = recorder
         self._timeline = timeline
         self._shapes: dict[int, dict[tuple[str, ...], int]] = {}
@@ -33,48 +35,91 @@ class Values:
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
         """Record numbers, all at one time. What is no number is left out, with one line about it."""
         t = _clock()
-        if not set(map(type, values.values())) <= _NUMBERS:
-            values = self._readable(values)
-        recorder = self._recorder.for_thread()
-        shapes = self._shapes.setdefault(id(recorder), {})
-        names = tuple(values)
-        columns = shapes.get(names)
         number = self._timeline.step if step is None else step
-        if columns is None:
-            checked = {name: value for name, value in values.items() if self._well_named(name)}
-            if len(checked) < len(values):
-                self.log(checked, step)
-                return
-            if len(shapes) >= _MOST_ROW_SHAPES and len(names) > 1:
-                for name, value in values.items():
-                    recorder.row(recorder.intern(name), (value,), t, number)
-                return
-            columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
-        if names:
-            recorder.row(columns, tuple(values.values()), t, number)
+        if not set(map(type, values.values())) <= _NUMBERS:
+            values = self._readable(values, t, number)
+        self._row(values, t, number)
         if self._timeline.here():
             self._timeline.spent += _clock() - t
 
     def expert_tokens(self, layer: int, counts: Any, dropped: Any) -> None:
         """Record a layer's tokens per expert, before dropping, and its totals since the process was watched."""
         t = _clock()
-        recorder, step = self._recorder.for_thread(), self._timeline.step
-        values = tuple(counts.tolist() if hasattr(counts, "tolist") else counts)
-        recorder.vector(recorder.intern("moe.expert.tokens"), values, t, step, layer)
-        totals = self._layers.get(layer)
-        if totals is None:
-            totals = self._layers[layer] = _LayerTotals(layer)
-        recorder.row(recorder.intern(totals.columns(dropped)), totals.add(sum(values), dropped), t, step)
+        step = self._timeline.step
+        if is_on_device(counts) or is_on_device(dropped):
+            self._experts_later(layer, counts, dropped, t, step)
+        else:
+            self._experts(layer, tuple(counts.tolist() if hasattr(counts, "tolist") else counts), dropped, t, step)
         if self._timeline.here():
             self._timeline.spent += _clock() - t
 
-    def _readable(self, values: Mapping[str, Any]) -> dict[str, float]:
+    def use_what_arrived(self) -> None:
+        """Once a step: record the numbers that have come from a device since."""
+        try:
+            self.later.use_what_arrived()
+        except Exception as error:
+            self.part.fail(error)
+
+    def _row(self, values: Mapping[str, Any], t: int, number: int) -> None:
+        if not values:
+            return
+        recorder = self._recorder.for_thread()
+        shapes = self._shapes.setdefault(id(recorder), {})
+        names = tuple(values)
+        columns = shapes.get(names)
+        if columns is None:
+            checked = {name: value for name, value in values.items() if self._well_named(name)}
+            if len(checked) < len(values):
+                self._row(checked, t, number)
+                return
+            if len(shapes) >= _MOST_ROW_SHAPES and len(names) > 1:
+                for name, value in values.items():
+                    recorder.row(recorder.intern(name), (value,), t, number)
+                return
+            columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
+        recorder.row(columns, tuple(values.values()), t, number)
+
+    def _experts(self, layer: int, counts: Sequence[float], dropped: Any, t: int, step: int) -> None:
+        recorder = self._recorder.for_thread()
+        recorder.vector(recorder.intern("moe.expert.tokens"), counts, t, step, layer)
+        totals = self._layers.get(layer)
+        if totals is None:
+            totals = self._layers[layer] = _LayerTotals(layer)
+        recorder.row(recorder.intern(totals.columns(dropped)), totals.add(sum(counts), dropped), t, step)
+
+    def _experts_later(self, layer: int, counts: Any, dropped: Any, t: int, step: int) -> None:
+        import torch
+
+        device = counts.device if is_on_device(counts) else dropped.device
+        tensors = [torch.as_tensor(counts, device=device)]
+        if dropped is not None:
+            tensors.append(torch.as_tensor(dropped, device=device))
+
+        def write(numbers: list[float]) -> None:
+            if dropped is None:
+                self._experts(layer, numbers, None, t, step)
+            else:
+                self._experts(layer, numbers[:-1], numbers[-1], t, step)
+
+        self.later.read(tensors, write)
+
+    def _readable(self, values: Mapping[str, Any], t: int, number: int) -> dict[str, float]:
+        """The values that can be read now, as numbers; those still on a device are recorded when they arrive."""
         numbers: dict[str, float] = {}
+        away: dict[str, Any] = {}
         for name, value in values.items():
+            if is_on_device(value) and value.numel() == 1:
+                away[name] = value
+                continue
             try:
                 numbers[name] = float(value)
             except (TypeError, ValueError, RuntimeError):
                 self._complain(name, f"{name} = {value!r:.40} is no number and is not recorded")
+        if away:
+            self.later.read(
+                list(away.values()),
+                lambda found: self._row(dict(zip(away, found, strict=True)), t, number),
+            )
         return numbers
 
     def _well_named(self, name: str) -> bool:

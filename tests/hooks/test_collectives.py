@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import lens
 from tests.hooks.ringside import Recorded, read_rings, run_script
 
 pytestmark = pytest.mark.processes
@@ -174,3 +181,63 @@ def test_an_asynchronous_collective_ends_with_its_wait(ranks: list[Recorded]) ->
         assert never["t_wait"] is None
         assert never["t0"] <= never["t1"]
         assert set(by_size) == {120, 124}
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A world of one in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_another_threads_collectives_are_recorded_too(
+    watch: Callable[..., None], recorded: Callable[[], Recorded]
+) -> None:
+    def elsewhere() -> None:
+        dist.all_reduce(torch.ones(4))
+        dist.all_reduce(torch.ones(5), async_op=True).wait()
+
+    watch()
+    with lens.step(3), lens.phase("backward"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        dist.all_reduce(torch.ones(6))
+    calls = sorted(recorded().collectives, key=lambda call: call["seq"])
+    assert [(call["bytes"], call["seq"], call["async"]) for call in calls] == [
+        (16, 1, False),
+        (20, 2, True),
+        (24, 3, False),
+    ]
+    assert {(call["group"], call["phase"], call["step"]) for call in calls} == {("world/0", "backward", 3)}
+
+
+def test_a_destroyed_group_is_not_kept_alive(watch: Callable[..., None], recorded: Callable[[], Recorded]) -> None:
+    watch()
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        held = weakref.ref(dist.group.WORLD)
+        dist.all_reduce(torch.ones(4))
+        dist.destroy_process_group()
+        gc.collect()
+        assert held() is None
+    assert [call["seq"] for call in recorded().collectives] == [1, 1]
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_error_of_a_collective_reaches_the_training_unchanged(
+    watch: Callable[..., None], recorded: Callable[[], Recorded]
+) -> None:
+    def error_of() -> tuple[str, BaseException | None]:
+        with pytest.raises((TypeError, AttributeError, RuntimeError)) as raised:
+            dist.all_reduce("no tensor")
+        return repr(raised.value), raised.value.__context__
+
+    plain = error_of()
+    watch()
+    assert error_of() == plain
+    dist.all_reduce(torch.ones(3))
+    assert [call["bytes"] for call in recorded().collectives] == [12]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies
 
 import lens
-from tests.hooks.ringside import Recorded
+from lens.hooks import later
+from tests.hooks.ringside import Recorded, read_rings
 
 Watch = Callable[..., None]
 Read = Callable[[], Recorded]
@@ -80,7 +82,6 @@ def test_routed_tokens_are_kept_or_dropped(
     steps: list[tuple[list[int], int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     from lens.settings import Settings
-    from tests.hooks.ringside import read_rings
 
     rings = tmp_path_factory.mktemp("experts") / "rings"
     lens.watch(settings=Settings.load({}, rings=rings, ring_mib=1, agent=False))
@@ -117,3 +118,56 @@ def test_another_thread_records_into_a_ring_of_its_own(watch: Watch, recorded: R
     found = recorded()
     assert found.values("elsewhere") == [(None, 5.0)]
     assert found.values("here") == [(None, 6.0)]
+
+
+class FarAway(torch.Tensor):
+    """A number on a device that answers late; whoever reads it at once is caught."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def __float__(self) -> float:
+        raise AssertionError("read at once: the training would have waited for the device")
+
+    def tolist(self) -> list[float]:
+        raise AssertionError("read at once: the training would have waited for the device")
+
+
+class Arrival:
+    def __init__(self) -> None:
+        self.here = False
+
+    def query(self) -> bool:
+        return self.here
+
+    def synchronize(self) -> None:
+        self.here = True
+
+
+def test_numbers_on_a_device_are_recorded_when_they_have_arrived(
+    watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch, rings: Path
+) -> None:
+    arrivals: list[Arrival] = []
+
+    def copy_to_host(numbers: torch.Tensor) -> tuple[torch.Tensor, Arrival]:
+        arrivals.append(Arrival())
+        return numbers.as_subclass(torch.Tensor), arrivals[-1]
+
+    monkeypatch.setattr(later, "copy_to_host", copy_to_host)
+    watch()
+    with lens.step(0):
+        lens.log({"now": 1.0, "late": torch.tensor(2.0).as_subclass(FarAway)})
+        lens.expert_tokens(0, torch.tensor([3, 4]).as_subclass(FarAway), 1)
+    (found,) = read_rings(rings)
+    assert found.values("now") == [(0, 1.0)]
+    assert found.values("late") == []
+    arrivals[0].here = True
+    with lens.step(1):
+        pass
+    (found,) = read_rings(rings)
+    assert found.values("late") == [(0, 2.0)]
+    assert found.vectors == []
+    found = recorded()
+    assert [(vector["step"], vector["values"]) for vector in found.vectors] == [(0, (3.0, 4.0))]
+    assert found.values("moe.tokens.kept") == [(0, 6.0)]
