@@ -81,7 +81,7 @@ gpu.throttle.below_max.ratio|1|g||-|Clock while busy, of the highest clock
 hw.fan.speed_ratio|1|g|||Fan speed, of its highest
 """,
     "gpu health": """
-hw.errors|{error}|c|error.type,block,port|+|Hardware errors counted by the device
+hw.errors|{error}|c|hw.type,error.type,block,port|+|Hardware errors counted by the device
 gpu.rows.remapped|{row}|g|kind|+|Memory rows replaced because they failed, or waiting to be
 hw.status|1|g|hw.state||1 for the state the device is in, 0 for the others
 gpu.retired_pages|{page}|g||+|Memory pages taken out of use
@@ -110,6 +110,7 @@ hw.network.bandwidth.limit|By/s|g|port|-|Speed of a port in one direction
 hw.network.bandwidth.utilization|1|g|port,network.io.direction||Bandwidth used, of the port's speed
 hw.network.up|1|g|port|-|1 when the port is active and its link is up
 net.ib.xmit_wait.time|s|c|port|+|Time a port had data to send and no credit
+net.ib.xmit_wait.ticks|{tick}|c|port|+|Ticks a port had data to send and no credit; how long one is, its maker knows
 net.ib.xmit_discards|{packet}|c|port|+|Packets dropped on the way out
 net.ib.link_downed|{event}|c|port|+|Times the link went down
 net.roce.cnp_sent|{packet}|c|port|+|Congestion notifications sent

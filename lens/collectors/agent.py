@@ -21,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lens.collectors import launch
+from lens.collectors.amd import AmdCollector
 from lens.collectors.host import HostCollector
 from lens.collectors.hosted_run import HostedRun
+from lens.collectors.infiniband import InfinibandCollector
 from lens.collectors.launch import ensure_agent
 from lens.collectors.nvidia import NvidiaCollector
 from lens.collectors.poller import EventPump, Poller
@@ -279,11 +281,15 @@ class Agent:
             return None
 
     def _open_collectors(self) -> list[Collector]:
-        collectors: list[Collector] = []
-        for collector in (HostCollector(), NvidiaCollector(self._settings.host, self._cards is not None)):
-            if collector.probe().available:
-                collectors.append(collector)
-        return collectors
+        host = self._settings.host
+        if self._cards is not None:
+            candidates = [HostCollector(), self._cards.collector(), self._cards.network_collector()]
+            return [collector for collector in candidates if collector.probe().available]
+        # Both makers call their cards gpu0, gpu1, …: beside NVIDIA cards an AMD one is a processor's own graphics.
+        makers: list[Collector] = [NvidiaCollector(host), AmdCollector(host)]
+        cards = next(([collector] for collector in makers if collector.probe().available), [])
+        others: list[Collector] = [HostCollector(), InfinibandCollector(host)]
+        return [*(collector for collector in others if collector.probe().available), *cards]
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from lens import catalogue
 from lens.collectors.amd import AmdCollector
-from lens.collectors.amd_sources import Residency, number
+from lens.collectors.amd_sources import SMI_ROWS, Residency, number
+from lens.collectors.amd_sysfs import SYSFS_ROWS
 from lens.collectors.protocol import Reading
 from lens.collectors.simulated import fake_amdsmi
 from lens.collectors.simulated.device import Faults, SimDevice
@@ -107,6 +109,11 @@ def test_energy_without_a_resolution_is_counted_in_the_usual_ticks(library: Fake
     library.failures.absent.add((0, "counter_resolution"))
     energy = of_card(opened().read("fast"))["hw.energy", "gpu"]
     assert energy == pytest.approx(library.cards[0].totals.energy_j, abs=1e-4)
+
+
+def test_every_metric_asked_for_is_in_the_catalogue() -> None:
+    names = {metric for row in (*SMI_ROWS, *SYSFS_ROWS) for metric in row.metrics}
+    assert not {name for name in names if not catalogue.is_known(name)}
 
 
 def test_every_reading_says_that_it_is_simulated(library: FakeAmdSmi) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lens.collectors.infiniband import InfinibandCollector, rate_of
+from lens import catalogue
+from lens.collectors.infiniband import COUNTERS, InfinibandCollector, rate_of
 from lens.collectors.protocol import Reading
 from lens.collectors.simulated.fake_sysfs import NICS, NicPort, Tree, write_infiniband
 
@@ -83,6 +84,15 @@ def test_a_port_gives_its_counters_in_si_units(tmp_path: Path) -> None:
     assert slow["net.ib.link_downed",] == 1
     assert slow["net.rdma.out_of_sequence",] == 7
     assert slow["net.roce.cnp_sent",] == 11
+
+
+def test_every_metric_is_in_the_catalogue(tmp_path: Path) -> None:
+    port(tmp_path)
+    collector = opened(tmp_path, wait_tick_s=1.0)
+    names = {reading.metric for _ in range(2) for reading in collector.read("fast")}
+    names |= {reading.metric for reading in collector.read("slow")} | {row.metric for row in COUNTERS}
+    assert "hw.network.bandwidth.utilization" in names
+    assert not {name for name in names if not catalogue.is_known(name)}
 
 
 def test_each_port_of_each_device_is_its_own(tmp_path: Path) -> None:

@@ -1,19 +1,30 @@
-"""The simulated cards of one host: made from ``H200:2``, installed beneath pynvml, fed by the ranks on them."""
+"""The simulated cards of one host: made from ``H200:2``, put beneath their maker's collector, fed by the ranks."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lens.collectors.simulated import fake_nvml
+from lens.collectors.amd import AmdCollector
+from lens.collectors.infiniband import InfinibandCollector
+from lens.collectors.nvidia import NvidiaCollector
+from lens.collectors.protocol import Collector
+from lens.collectors.simulated import fake_amdsmi, fake_nvml
 from lens.collectors.simulated.device import Faults, SimDevice
-from lens.collectors.simulated.profiles import load_profiles
+from lens.collectors.simulated.fake_sysfs import WAIT_TICK_S
+from lens.collectors.simulated.network import SimulatedNetwork
+from lens.collectors.simulated.profiles import load_profiles, named_profile
 from lens.collectors.simulated.workload import RankWorkload
 
 _STATE_STEP = 0.01
+_LIBRARIES: Mapping[str, Callable[[Sequence[SimDevice]], fake_nvml.FakeNvml | fake_amdsmi.FakeAmdSmi]] = {
+    "nvidia": fake_nvml.install,
+    "amd": fake_amdsmi.install,
+}
+_COLLECTORS: Mapping[str, Callable[[str, bool], Collector]] = {"nvidia": NvidiaCollector, "amd": AmdCollector}
 
 
 class SimulationError(ValueError):
@@ -24,7 +35,7 @@ class SimulatedCards:
     """Cards of one host, named ``host/gpu0`` and so on.
 
     Args:
-        text: card and count, such as ``H200:2``.
+        text: card and count, such as ``H200:2`` or ``MI400:2``.
         host: the host's name.
         folder: where fault files are read and state files are written.
 
@@ -34,22 +45,31 @@ class SimulatedCards:
 
     def __init__(self, text: str, host: str, folder: Path) -> None:
         name, _, count = text.partition(":")
-        profile = load_profiles().get(name.upper())
-        nvidia = [card.name for card in load_profiles().values() if card.vendor == "nvidia"]
-        if profile is None or profile.vendor != "nvidia":
-            raise SimulationError(
-                f"cannot simulate {name!r}; cards: {', '.join(nvidia)}, such as LENS_SIMULATE=H200:2"
-            )
+        profile = named_profile(name)
+        if profile is None or profile.vendor not in _LIBRARIES:
+            names = ", ".join(card.name for card in load_profiles().values() if card.vendor in _LIBRARIES)
+            raise SimulationError(f"cannot simulate {name!r}; cards: {names}, such as LENS_SIMULATE=H200:2")
         if count and not 0 < int(count if count.isdigit() else 0) <= 64:
             raise SimulationError(f"{count!r} is not a number of cards; use LENS_SIMULATE={profile.name}:2")
+        self._host = host
         self._folder = folder
+        self._vendor = profile.vendor
         self.cards: dict[str, SimDevice] = {}
         for index in range(int(count or 1)):
             device = f"{host}/gpu{index}"
             identity = uuid.uuid5(uuid.NAMESPACE_URL, f"lens:{device}")
             self.cards[device] = SimDevice(profile, f"GPU-{identity}", index)
         self._published: dict[str, float] = {}
-        self.library = fake_nvml.install(list(self.cards.values()))
+        self.library = _LIBRARIES[profile.vendor](list(self.cards.values()))
+        self._network = SimulatedNetwork(self.cards, folder)
+
+    def collector(self) -> Collector:
+        """The real collector of the cards' maker."""
+        return _COLLECTORS[self._vendor](self._host, True)
+
+    def network_collector(self) -> InfinibandCollector:
+        """The real collector of network ports, over the tree of the simulated ones."""
+        return InfinibandCollector(self._host, self._network.root, simulated=True, wait_tick_s=WAIT_TICK_S)
 
     def workload(self, about: Mapping[str, Any], local_ranks: Iterable[int]) -> RankWorkload | None:
         """Where a rank's slots go; None when it runs on none of these cards."""
@@ -63,6 +83,7 @@ class SimulatedCards:
             card.use_memory(memory.get(name, []))
             card.advance(now_ns)
             self._publish(name, card)
+        self._network.advance(now_ns)
 
     def _file(self, name: str, kind: str) -> Path:
         return self._folder / f"{name.replace('/', '_')}.{kind}.json"

@@ -84,6 +84,8 @@ class Totals:
     nvlink_receive: float = 0.0
     pcie_transmit: float = 0.0
     pcie_receive: float = 0.0
+    network_transmit: float = 0.0
+    network_receive: float = 0.0
 
 
 @dataclass
@@ -120,7 +122,7 @@ class SimDevice:
             self._pending_flops = (self._pending_flops or 0.0) + flops
 
     def transfer(self, link: str, transmit: float, receive: float) -> None:
-        """Add bytes over ``nvlink`` or ``pcie``."""
+        """Add bytes over ``nvlink``, ``pcie`` or ``network``, the network card beside this one."""
         for direction, size in (("transmit", transmit), ("receive", receive)):
             name = f"{link}_{direction}"
             setattr(self.totals, name, getattr(self.totals, name) + size)

@@ -36,11 +36,17 @@ class CardProfile:
     pcie_width: int
     slowdown_celsius: float
     confidence: Mapping[str, str]
-    """measured, published, claimed or assumed, by section."""
+    """measured, published, claimed or assumed, by section (``flops``) or number (``flops.fp8``)."""
+    aliases: tuple[str, ...] = ()
+    """Other names of it, such as that of its series."""
 
     def peaks(self) -> dict[str, float]:
         """Dense peaks: FLOP/s by number format, and ``memory`` in bytes/s."""
         return {**self.flops, "memory": self.memory_bandwidth}
+
+    def confidence_of(self, number: str) -> str | None:
+        """How sure a number such as ``flops.fp8`` is; None where the profile does not say."""
+        return self.confidence.get(number, self.confidence.get(number.partition(".")[0]))
 
 
 @functools.cache
@@ -49,13 +55,24 @@ def load_profiles() -> Mapping[str, CardProfile]:
     return {path.stem: _read(path) for path in sorted(_FOLDER.glob("*.toml"))}
 
 
+def named_profile(name: str) -> CardProfile | None:
+    """The profile of this name or alias, in any case."""
+    return _by_name().get(name.upper())
+
+
 def find_profile(model: str) -> CardProfile | None:
     """The profile of a card by the model name its driver gives; None when no profile names it.
 
     The longest name that occurs wins: "NVIDIA GH200 480GB" is a GH200, not an H200.
     """
-    fits = [profile for name, profile in load_profiles().items() if name.upper() in model.upper()]
-    return max(fits, key=lambda profile: len(profile.name), default=None)
+    fits = [name for name in _by_name() if name in model.upper()]
+    return _by_name()[max(fits, key=len)] if fits else None
+
+
+@functools.cache
+def _by_name() -> Mapping[str, CardProfile]:
+    """Profiles by each of their names, in capitals."""
+    return {name.upper(): card for card in load_profiles().values() for name in (card.name, *card.aliases)}
 
 
 def _read(path: Path) -> CardProfile:
@@ -83,4 +100,5 @@ def _read(path: Path) -> CardProfile:
         pcie_width=card["pcie"]["width"],
         slowdown_celsius=card["heat"]["slowdown"],
         confidence=card["confidence"],
+        aliases=tuple(card.get("aliases", ())),
     )

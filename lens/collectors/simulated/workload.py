@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lens.collectors.simulated.device import SimDevice
+from lens.collectors.simulated.network import crossing_share
 from lens.slots import (
     COLLECTIVE,
     LABEL_SEPARATOR,
@@ -98,13 +99,23 @@ class RankWorkload:
         if size == NULL or size <= 0:
             return
         members = self._members(_text(strings, words[5] >> 32))
-        sent, received = sent_share(_text(strings, words[5]) or "", len(members))
+        operation = _text(strings, words[5]) or ""
+        sent, received = sent_share(operation, len(members))
         link = "nvlink" if members <= self.local_ranks else "pcie"
         self.device.transfer(link, size * sent, size * received)
+        here = max(1, len(members & self.local_ranks))
+        sent, received = crossing_share(operation, len(members), here)
+        self.device.transfer("network", size * sent, size * received)
 
     def _members(self, group: str | None) -> frozenset[int]:
-        """Global ranks of a group named ``kind/index``; all ranks when the run did not describe it."""
+        """Global ranks of a group named ``kind/index``; all ranks when the run did not describe it.
+
+        Point to point is ``pp/<index>:<source>-<destination>``.
+        """
         kind, _, index = (group or "").partition("/")
+        pair = index.partition(":")[2].split("-")
+        if len(pair) == 2 and all(rank.isdigit() for rank in pair):
+            return frozenset(int(rank) for rank in pair)
         groups = (self.about.get("groups") or {}).get(kind)
         if groups and index.isdigit() and int(index) < len(groups):
             return frozenset(groups[int(index)])
