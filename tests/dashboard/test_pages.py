@@ -212,7 +212,7 @@ def test_colours_follow_the_system_and_the_reader(server: Server, open_page: Ope
 def test_a_silent_run_is_called_stale_and_its_pictures_fade(server: Server, open_page: Open, run: str) -> None:
     page = open_page(f"{server.url}/run/{run}")
     page.wait_for_selector("#status [data-state='live']")
-    opacity = "() => Number(getComputedStyle(document.querySelector('#step-time .lens-picture')).opacity)"
+    opacity = "() => Number(getComputedStyle(document.querySelector('#step-time canvas')).opacity)"
     assert page.evaluate(opacity) == 1
     with server.later(60):
         page.wait_for_selector("#status [data-state='stale']")

@@ -55,7 +55,7 @@ export function integer(value) {
 }
 
 export function percent(ratio, digits = 2) {
-  return ratio === null || ratio === undefined || !Number.isFinite(ratio) ? MISSING : `${number(ratio * 100, digits)}\u00a0%`;
+  return ratio === null || ratio === undefined || !Number.isFinite(ratio) ? MISSING : ratio > 0 && ratio < 0.001 ? "<\u20090.1\u00a0%" : `${number(ratio * 100, digits)}\u00a0%`;
 }
 
 /** How long ago, in the coarsest unit that is still useful. */

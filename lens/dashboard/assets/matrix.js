@@ -1,6 +1,9 @@
 // Rank × step values in columns of `width` steps each: the one form that charts and heat maps draw from.
 // Each cell keeps the highest and the mean value of its steps, so that pooling never hides a single slow step.
 
+/** Columns for which a rank may be behind the others before it is no longer waited for. */
+const PATIENCE = 20;
+
 export class Matrix {
   /** @param {{from: number, width?: number, to?: number|null, capacity?: number}} shape `to`: later steps are not taken. */
   constructor({ from, width = 1, to = null, capacity = 1200 }) {
@@ -191,13 +194,16 @@ export class Matrix {
     return this.reduced;
   }
 
-  /** The newest column in which at least half of the ranks have a value, or -1. */
+  /** The newest column that all ranks have reached or, where one stays behind, the newest that half of them have; or -1. */
   newest() {
+    let half = -1;
     for (let column = this.columns - 1; column >= 0; column -= 1) {
       const known = this.rows.filter((row) => row.mean[column] === row.mean[column]).length;
-      if (known && known * 2 >= this.rows.length) return column;
+      if (known && known === this.rows.length) return column;
+      if (half < 0 && known && known * 2 >= this.rows.length) half = column;
+      if (half >= 0 && half - column > PATIENCE) break;
     }
-    return -1;
+    return half;
   }
 }
 
@@ -205,6 +211,29 @@ export class Matrix {
 export function middle(sorted) {
   const half = sorted.length >> 1;
   return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+}
+
+/** Rolling median over about a fortieth of the values, at least 5: what remains when single spikes are ignored. */
+export function trend(values) {
+  const half = Math.max(2, Math.round(values.length / 80));
+  const sorted = [];
+  const place = (value) => {
+    let [low, high] = [0, sorted.length];
+    while (low < high) {
+      const centre = (low + high) >> 1;
+      if (sorted[centre] < value) low = centre + 1;
+      else high = centre;
+    }
+    return low;
+  };
+  const add = (value) => value !== undefined && value !== null && sorted.splice(place(value), 0, value);
+  const drop = (value) => value !== undefined && value !== null && sorted.splice(place(value), 1);
+  for (let index = 0; index < half; index += 1) add(values[index]);
+  return values.map((value, index) => {
+    add(values[index + half]);
+    drop(values[index - half - 1]);
+    return value === null || sorted.length < 3 ? null : middle(sorted);
+  });
 }
 
 function larger(a, b) {

@@ -8,8 +8,11 @@ import { DASHES, lines, transparent } from "./palette.js";
 import { element, replace } from "./dom.js";
 import { integer, quantity, rankName } from "./format.js";
 import { mapLeft } from "./map.js";
-import { middle } from "./matrix.js";
+import { middle, trend } from "./matrix.js";
 import { onsetMarks } from "./causes.js";
+
+/** How strongly raw values are drawn beneath their trend. */
+const FAINT = 0.45;
 
 /** A panel with one chart; a subclass gives `names`, `columns()` and `style()`. */
 class ChartPanel extends Panel {
@@ -101,8 +104,8 @@ class ChartPanel extends Panel {
     const entries = this.style().filter((each) => each.label);
     const signature = JSON.stringify([step, entries.map((each) => [each.label, values[each.line]?.[index], each.color]), this.note()]);
     replace(this.legend, signature, () => [
-      ...entries.map(({ label, color, dash, line, swatch }) =>
-        element("span", { class: "lens-key" }, swatchOf(color, dash, swatch), `${label} `, element("b", {}, quantity(values[line]?.[index], this.unit()))),
+      ...entries.map(({ label, color, ink, dash, line }) =>
+        element("span", { class: "lens-key" }, swatchOf(ink ?? color, dash), `${label} `, element("b", {}, quantity(values[line]?.[index], this.unit()))),
       ),
       element("span", { class: "lens-key lens-quiet" }, this.cursor === null ? `latest, ${step}` : step),
       ...(this.note() ? [element("span", { class: "lens-key lens-note" }, this.note())] : []),
@@ -110,6 +113,8 @@ class ChartPanel extends Panel {
   }
 
   latestIndex(line) {
+    const newest = this.session.source(this.sources()[0]).matrix.newest();
+    if (newest >= 0 && Number.isFinite(line?.[newest])) return newest;
     for (let index = (line?.length ?? 0) - 1; index >= 0; index -= 1) if (line[index] !== null && line[index] !== undefined) return index;
     return 0;
   }
@@ -123,8 +128,10 @@ class ChartPanel extends Panel {
   rows() {
     const width = this.session.source(this.sources()[0]).matrix?.width ?? 1;
     const unit = this.unit();
-    const heads = this.style().map(({ label, name }) => `${name ?? label}${unit && unit !== "1" ? ` (${unit})` : ""}`);
-    const [x, ...values] = this.data;
+    const raw = this.style().flatMap((each, index) => (each.derived ? [] : [{ head: each.name ?? each.label, index }]));
+    const heads = raw.map(({ head }) => `${head}${unit && unit !== "1" ? ` (${unit})` : ""}`);
+    const [x, ...lines] = this.data;
+    const values = raw.map(({ index }) => lines[index]);
     const [first, last] = this.session.visible();
     const rows = [];
     x.forEach((step, index) => {
@@ -143,8 +150,8 @@ function tableNumber(value) {
   return value === null || value === undefined ? "n/a" : Number(value.toPrecision(6));
 }
 
-function swatchOf(color, dash, kind) {
-  const node = element("i", { class: kind === "band" ? "lens-swatch lens-swatch-band" : "lens-swatch" });
+function swatchOf(color, dash) {
+  const node = element("i", { class: "lens-swatch" });
   node.style.setProperty("--swatch", color);
   if (dash?.length) node.classList.add("lens-swatch-dashed");
   return node;
@@ -163,8 +170,9 @@ class BandPanel extends ChartPanel {
   style() {
     const [first, second] = lines();
     return [
-      { label: "slowest rank", color: second, width: 1.2, line: 0 },
-      { label: "median rank", color: first, width: 2, line: 1 },
+      { label: "slowest rank", color: second, width: 1, line: 0 },
+      { label: "median rank", color: transparent(first, FAINT), width: 1, line: 1 },
+      { label: "trend", color: first, width: 2.4, line: 2, derived: true, gaps: true },
     ];
   }
 
@@ -174,7 +182,7 @@ class BandPanel extends ChartPanel {
 
   columns() {
     const { x, max, median } = this.session.source(this.root.dataset.metric).matrix.reduce();
-    return [x, max, median];
+    return [x, max, median, trend(median)];
   }
 }
 
@@ -197,11 +205,16 @@ class RatePanel extends ChartPanel {
   }
 
   style() {
-    return [{ label: "all ranks", color: lines()[2], width: 1.8, line: 0 }];
+    const color = lines()[2];
+    return [
+      { label: "all ranks", color: transparent(color, FAINT), width: 1, line: 0 },
+      { label: "trend", color, width: 2.4, line: 1, derived: true, gaps: true },
+    ];
   }
 
   columns() {
-    return tokenRate(this.session.source(this.root.dataset.metric).matrix, this.session.source("step.duration").matrix);
+    const [x, rates] = tokenRate(this.session.source(this.root.dataset.metric).matrix, this.session.source("step.duration").matrix);
+    return [x, rates, trend(rates)];
   }
 }
 
@@ -231,12 +244,16 @@ class LinePanel extends ChartPanel {
   }
 
   style() {
-    return [{ label: "value", color: lines()[0], width: 1.8, line: 0, gaps: true }];
+    const [color] = lines();
+    return [
+      { label: "value", color: transparent(color, FAINT), width: 1, line: 0, gaps: true },
+      { label: "trend", color, width: 2.4, line: 1, derived: true, gaps: true },
+    ];
   }
 
   columns() {
     const { x, median } = this.session.source(this.root.dataset.metric).matrix.reduce();
-    return [x, median];
+    return [x, median, trend(median)];
   }
 
   note() {
@@ -271,9 +288,10 @@ class RanksPanel extends ChartPanel {
 
   style() {
     const colors = lines();
+    const all = [["median of all", colors[5], [3, 4]], ...this.chosen.map((rank, index) => [rankName(rank), colors[index % 5], DASHES[index]])];
     return [
-      { label: "median of all", color: colors[5], dash: [3, 4], width: 1.2, line: 0 },
-      ...this.chosen.map((rank, index) => ({ label: rankName(rank), color: colors[index % 5], dash: DASHES[index], width: 1.9, line: index + 1 })),
+      ...all.map(([label, color, dash], line) => ({ label, color: transparent(color, FAINT), ink: color, dash, width: 1, line })),
+      ...all.map(([, color, dash]) => ({ color, dash, width: 2.2, derived: true, gaps: true })),
     ];
   }
 
@@ -281,7 +299,8 @@ class RanksPanel extends ChartPanel {
     const { matrix } = this.session.source(this.app.metric);
     const { x, median } = matrix.reduce();
     const cells = (row) => x.map((_, column) => (row && row.max[column] === row.max[column] ? row.max[column] : null));
-    return [x, median, ...this.chosen.map((rank) => cells(matrix.rowOf.get(rank)))];
+    const raw = [median, ...this.chosen.map((rank) => cells(matrix.rowOf.get(rank)))];
+    return [x, ...raw, ...raw.map(trend)];
   }
 
   render() {
@@ -290,7 +309,7 @@ class RanksPanel extends ChartPanel {
     if (this.signature !== signature) {
       this.signature = signature;
       this.cursor = null;
-      this.data = [[], [], ...this.chosen.map(() => [])];
+      this.data = [[], ...this.style().map(() => [])];
       this.makeChart();
     }
     super.render();

@@ -5,7 +5,7 @@ import { sourceName } from "./causes.js";
 
 export const PHASES = ["data", "h2d", "forward", "backward", "optimizer", "checkpoint", "eval", "logging", "other"];
 /** Not one value a rank and step, or drawn elsewhere. */
-const NOT_BY_RANK = /^(hw\.|gpu\.|system\.|host\.|net\.|container\.|process\.|moe\.expert\.)/;
+const NOT_BY_RANK = /^(hw\.|gpu\.|system\.|host\.|net\.|container\.|process\.|lens\.|moe\.)/;
 
 export class Ranks {
   constructor(root, app) {

@@ -21,7 +21,8 @@ def layout() -> list[Component]:
         panel(
             "band",
             "Time per step",
-            "The line is the median rank; the band reaches up to the slowest. A wide band: ranks wait for one.",
+            "The line is the median rank, the thick one its trend; the band reaches up to the slowest rank. "
+            "A wide band means that ranks wait for one.",
             identifier="step-time",
             metric="step.duration",
             height=240,
@@ -31,7 +32,7 @@ def layout() -> list[Component]:
             panel(
                 "rate",
                 "Tokens per second",
-                "Tokens of all ranks in a step, divided by the time of its slowest rank.",
+                "All tokens of a step, divided by the time of its slowest rank.",
                 identifier="tokens",
                 metric="step.tokens",
             ),

@@ -17,7 +17,7 @@ def layout() -> list[Component]:
             "heatmap",
             "Every rank, every step",
             "Brighter is more; where several steps share a pixel, the highest is shown. Ranks that wait for a slow "
-            "one take as long as it does: look at the time in forward or data to see who is waited for.",
+            "one take as long as it does: the verdict says who is waited for.",
             identifier="rank-map",
             wide=True,
             height=320,
