@@ -175,7 +175,7 @@ class Applier:
                         f"the database is behind the log{f': {self.failure}' if self.failure else ''}",
                         "ask again in a moment",
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, 0.5))
 
     def stop(self) -> None:
         """Apply what is there, then stop. What cannot be applied stays in the log."""

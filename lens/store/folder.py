@@ -10,6 +10,7 @@ data/
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class DataFolder:
         except BaseException:
             self._release()
             raise
+        # A process that ends with the database open may crash or hang in the engine's own exit handlers.
+        atexit.register(self.close)
 
     def describe_run(self, described: Any) -> tuple[Run, bool]:
         """Take a description of a run; returns the run, and whether it is new. On disk when this returns.
@@ -158,7 +161,8 @@ class DataFolder:
         self.applier.wait(self._newest, self.limits.read_wait_s)
 
     def close(self) -> None:
-        """Apply what is in the log, close everything, give the folder back."""
+        """Apply what is in the log, close everything, give the folder back. Closing again does nothing."""
+        atexit.unregister(self.close)
         self.applier.stop()
         self._release()
 

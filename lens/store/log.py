@@ -135,7 +135,7 @@ class Log:
             if following is not None and following <= offset:
                 continue
             data = self._path(base).read_bytes()
-            for entry in self._scan(data, base, torn_tail=following is None):
+            for entry in self._scan(data, base, is_last=following is None, report=True):
                 if entry.start >= offset:
                     yield entry
 
@@ -191,27 +191,25 @@ class Log:
             os.fsync(self._file)
         return length
 
-    def _scan(self, data: bytes, base: int, torn_tail: bool = True) -> Iterator[Entry]:
+    def _scan(self, data: bytes, base: int, is_last: bool = True, report: bool = False) -> Iterator[Entry]:
         position = 0
         while position < len(data):
             entry = _entry_at(data, position, base)
             if entry is None:
                 following = _next_entry(data, position + 1, base)
                 if following is None:
-                    if torn_tail:
+                    if is_last:
                         return
                     following = len(data)
-                self._note_damage(data, position, following, base)
+                if report:
+                    self._note_damage(data, position, following, base)
                 position = following
                 continue
             yield entry
             position = entry.end - base
 
     def _note_damage(self, data: bytes, start: int, end: int, base: int) -> None:
-        damage = Damage(base + start, base + end)
-        if damage in self.damage:
-            return
-        self.damage.append(damage)
+        self.damage.append(Damage(base + start, base + end))
         aside = self.folder / f"{base + start:020d}.damaged"
         aside.write_bytes(data[start:end])
         logger.error("log: %d damaged bytes at offset %d skipped, kept in %s", end - start, base + start, aside)
