@@ -19,10 +19,11 @@ from urllib.request import Request, urlopen
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 PAGES = {
-    "overview": ("/run/{run}", "#step-time[data-drawn-step] canvas"),
-    "ranks": ("/run/{run}/ranks?m=phase.duration:forward", "#rank-map[data-drawn-step] canvas"),
+    "overview": ("/run/{run}", "#step-time canvas"),
+    "ranks": ("/run/{run}/ranks?m=phase.duration:forward", "#rank-map canvas"),
 }
-SETTLE_MS = 2500
+SETTLE_MS = 1500
+JUDGED = "() => !['unknown', ''].includes(document.getElementById('verdict').dataset.status ?? '')"
 
 
 def newest_run(url: str, token: str) -> str:
@@ -46,6 +47,8 @@ def take(browser: Any, url: str, token: str, run: str, folder: Path, prefix: str
         for name, (address, drawn) in PAGES.items():
             page.goto(url + address.format(run=quote(run, safe="")))
             page.wait_for_selector(drawn)
+            if name == "overview":
+                page.wait_for_function(JUDGED, timeout=60_000)
             page.wait_for_timeout(SETTLE_MS)
             path = folder / f"{prefix}{name}-{scheme}.png"
             page.screenshot(path=path, full_page=True)

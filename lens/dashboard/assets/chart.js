@@ -12,7 +12,7 @@ export class Chart {
   /**
    * @param {HTMLElement} place
    * @param {{height: number, series: () => object[], bands?: object[], zero: () => boolean, app: object,
-   *          onCursor: (index: number|null) => void, label: string, left?: number}} options `left`: width of the y axis
+   *          onCursor: (index: number|null) => void, onDrawn: () => void, label: string, left?: number}} options `left`: width of the y axis
    */
   constructor(place, options) {
     this.place = place;
@@ -51,7 +51,7 @@ export class Chart {
         hooks: {
           setSelect: [(plot) => this.zoom(plot)],
           setCursor: [(plot) => this.options.onCursor(plot.cursor.idx ?? null)],
-          draw: [(plot) => this.drawMarks(plot)],
+          draw: [(plot) => this.drawMarks(plot), () => this.options.onDrawn()],
         },
       },
       this.data,

@@ -41,6 +41,7 @@ class ChartPanel extends Panel {
         if (this.picture.matches(":hover")) this.app.point(index === null ? null : this.data[0][index] ?? null, this);
         this.drawLegend();
       },
+      onDrawn: () => this.chart && this.drawLegend(), // only now it is known what lies above the scale
     });
   }
 

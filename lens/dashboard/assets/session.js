@@ -96,6 +96,7 @@ export class Session {
     this.error = null;
     this.diagnosis = null;
     this.ledger = null;
+    this.asking = new Set();
     this.live = { age: null, at: performance.now(), reporting: null, lastStep: null };
     this.connected = false;
     this.feed = new Feed(run, (frame) => this.onFrame(frame), (connected) => this.onConnection(connected));
@@ -107,9 +108,14 @@ export class Session {
     if (this.error?.status === 404 || this.error?.status === 401 || this.closed) return;
     this.feed.open();
     this.reload();
+    this.askForVerdict();
+    this.poll = setInterval(() => this.refresh().then(() => this.askForVerdict()), POLL_MS);
+  }
+
+  /** Verdict and ledger as they are now; later ones come with the feed. */
+  askForVerdict() {
     this.ask(getDiagnosis, "diagnosis");
     this.ask(getLedger, "ledger");
-    this.poll = setInterval(() => this.refresh(), POLL_MS);
   }
 
   async refresh() {
@@ -128,11 +134,16 @@ export class Session {
   }
 
   async ask(get, field) {
+    if (this[field] || this.asking.has(field)) return;
+    this.asking.add(field);
     try {
-      this[field] ??= await get(this.run);
+      const reply = await get(this.run);
+      this[field] ??= reply;
       this.changed();
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
+    } finally {
+      this.asking.delete(field);
     }
   }
 

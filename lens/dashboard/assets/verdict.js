@@ -52,7 +52,7 @@ function calm(status, diagnosis, session) {
     insufficient: ["Too little has been seen for a verdict.", "lens needs some steps of every rank before it compares them. This fills by itself while the run goes on."],
     unknown: session.lastStep === null
       ? ["Waiting for the first step.", "A verdict appears once steps have ended. In a script: lens.watch(model, optimizer), then with lens.step(): …"]
-      : ["The diagnosis has not been computed yet.", "It is renewed every few seconds while records arrive."],
+      : ["The ranks are being compared.", "The first verdict after a start of the server takes a few seconds; then it is renewed while records arrive."],
     failed: ["The run has failed.", "No cause could be named from what was recorded."],
     hung: ["The run does not move.", "No cause could be named from what was recorded."],
     degraded: ["Something slows this run down.", "No cause could be named from what was recorded."],
