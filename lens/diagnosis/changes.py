@@ -135,8 +135,11 @@ class _Tracker:
     def _candidates(self, window: _Window) -> None:
         """Run the CUSUM over the segment and raise what passes the verification."""
         low, high, begin = window.low, window.high, window.begin
-        score = np.clip(window.share[low - begin :] / window.sigma, -policy.CUSUM_CLIP, policy.CUSUM_CLIP)
-        walk = np.cumsum(np.nan_to_num(score - policy.CUSUM_DRIFT), axis=0)
+        # On a quiet run the effects worth naming set the scale, not the noise.
+        clip = np.maximum(policy.CUSUM_CLIP, 2 * policy.SMALLEST_EFFECT / window.sigma)
+        drift = np.maximum(policy.CUSUM_DRIFT, 0.5 * policy.SMALLEST_EFFECT / window.sigma)
+        score = np.clip(window.share[low - begin :] / window.sigma, -clip, clip)
+        walk = np.cumsum(np.nan_to_num(score - drift), axis=0)
         # max(0, g + x) step by step is the walk minus its running minimum, begun at the level carried over.
         lowest = np.minimum.accumulate(np.minimum(walk, -self.level), axis=0)
         level = walk - lowest

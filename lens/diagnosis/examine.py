@@ -29,7 +29,6 @@ PROPORTIONAL = {"compute"}
 GRID_STEPS = 20
 """What has no onset is judged at every so many steps: it cannot change from one step to the next."""
 SAME_ONSET_STEPS = 5
-CONFIRMED_BY_PLACE = ("slow_dataloader",)
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Examiner:
             lasts = [c.last for _, c in group]
             last = None if None in lasts else max(x for x in lasts if x is not None)
             rows = tuple(sorted(c.row for _, c in group))
-            noise = max(c.noise for _, c in group)
+            noise = max(_noise_by_now(c, index) for _, c in group)
             findings.append(Finding(feature, rows, min(c.onset for _, c in group), last, index, noise))
         return findings
 
@@ -307,8 +306,8 @@ def parts_of_step(frame: Frame) -> dict[str, Floats]:
 
 
 def _confirmed(explained: Explained) -> bool:
-    """Whether something besides the self time speaks for an explanation, or its place in the step says enough."""
-    return explained.cause in CONFIRMED_BY_PLACE or any(gain >= 1 for gain in explained.gains.values())
+    """Whether something besides the self time speaks for an explanation."""
+    return any(gain >= 1 for gain in explained.gains.values())
 
 
 def _gaps(frame: Frame) -> Floats:
@@ -319,6 +318,12 @@ def _gaps(frame: Frame) -> Floats:
         known &= (np.diff(frame.timeline.steps) == 1)[:, None]
         gaps[1:][known] = (frame.start_ns[1:][known] - frame.end_ns[:-1][known]) * SECONDS
     return np.maximum(gaps, 0)
+
+
+def _noise_by_now(change: Change, index: int) -> float:
+    """What noise could have reached over the change's length up to now; correlated noise averages out slowly."""
+    length = (index if change.last is None else change.last) - change.onset + 1
+    return change.noise * (max(1.0, length / (change.raised - change.onset + 1))) ** -0.25
 
 
 def _overlap(a: Change, b: Change, index: int) -> bool:

@@ -17,6 +17,8 @@ from lens.diagnosis.signals import ExpertLoad, Signals
 
 BIT_POWER_CAP, BIT_THERMAL, BIT_POWER_BRAKE = 0x4, 0x60, 0x80
 BEFORE_STEPS = 128
+ONSET_MARGIN_STEPS = 8
+"""An onset in noise is found this many steps late at worst; samples taken there belong to neither side."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _gauge(
     def make(scene: Scene) -> Measure:
         first, last = _bounds(scene.after)
         after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in scene.rows])
-        low, high = _bounds(scene.before)
+        low, high = _surely_before(scene)
         before = _middle([scene.signals.gauge(metric, row, low, high) for row in scene.rows])
         like = [row for row in _like(scene) if row not in scene.rows]
         peers_after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in like])
@@ -169,7 +171,7 @@ def _bits(mask: int, title: str) -> Callable[[Scene], Measure]:
 
         first, last = _bounds(scene.after)
         after = share(list(scene.rows), first + 1, last)
-        before = share(list(scene.rows), *_bounds(scene.before))
+        before = share(list(scene.rows), *_surely_before(scene))
         if after is None:
             return Measure("gpu.throttle.reasons", title, "", before, after, None)
         reference = before
@@ -213,6 +215,12 @@ def _like(scene: Scene) -> list[int]:
 def _bounds(steps: Ints) -> tuple[int, int]:
     """First and last place of a run of steps; an empty range where there are none."""
     return (int(steps[0]), int(steps[-1])) if len(steps) else (1, 0)
+
+
+def _surely_before(scene: Scene) -> tuple[int, int]:
+    """The same for the steps before an onset that may be some steps late: no sample of the finding is among them."""
+    low, high = _bounds(scene.before)
+    return low, high - ONSET_MARGIN_STEPS
 
 
 def _middle(parts: list[Floats]) -> float | None:

@@ -76,6 +76,9 @@ class Signals:
         table = self._tables.samples
         mine = np.flatnonzero(table["metric"] == self._tables.code(metric))
         mine = mine[np.isfinite(table["value"][mine])]
+        if len(self._timeline):
+            # Once the last step is over, idle cards and processes say nothing about it.
+            mine = mine[table["t_ns"][mine] <= self._timeline.ended_ns[-1]]
         if metric in LABELLED and len(mine):
             mine = mine[self._wanted(table["labels"][mine], LABELLED[metric])]
         row = self._topology.row(table["rank"][mine])

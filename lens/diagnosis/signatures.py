@@ -14,15 +14,18 @@ import numpy as np
 
 from lens.diagnosis.measures import Measure
 
-RISES, FALLS, STILL = 1, -1, 0
+RISES, FALLS, STILL, NO_MORE = 1, -1, 0, 2
 UNMOVED = 0.35
 """Levels below this count as unmoved."""
 
 
 @dataclass(frozen=True)
 class Expect:
-    """What a cause does to a measure. weight: gain when seen (for STILL: loss when it moved). miss: loss when known
-    not to have happened. unknown: loss when nobody measured it."""
+    """What a cause does to a measure.
+
+    weight: gain when seen (for STILL: loss when it moved, for NO_MORE: when it rose). miss: loss when known not to
+    have happened. unknown: loss when nobody measured it.
+    """
 
     measure: str
     direction: int
@@ -34,8 +37,9 @@ class Expect:
         """Log-likelihood ratio of what was measured."""
         if level is None:
             return -self.unknown
-        if self.direction == STILL:
-            return -self.weight * max(0.0, abs(level) - UNMOVED) / (1 - UNMOVED)
+        if self.direction in (STILL, NO_MORE):
+            moved = abs(level) if self.direction == STILL else level
+            return -self.weight * max(0.0, moved - UNMOVED) / (1 - UNMOVED)
         seen = level * self.direction
         if seen <= UNMOVED:
             return -self.miss * (1 - max(0.0, seen))
@@ -66,13 +70,17 @@ def _still(measure: str, weight: float = 2.5) -> Expect:
     return Expect(measure, STILL, weight)
 
 
+def _no_more(measure: str, weight: float = 2.5) -> Expect:
+    return Expect(measure, NO_MORE, weight)
+
+
 SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "slow_device", ("compute",), 0.9,
         (
-            _falls("clock", 3.0, 4.0, 0.3), _still("thermal_bit", 4.0), _still("power_cap_bit", 3.0),
-            _still("power_brake_bit", 4.0), _still("tokens"), _still("expert_tokens"), _still("seq_sq"),
-            _still("run_delay"), _still("throttled"), _still("gc", 4.0), _still("recompiles"), _still("data", 0.5),
+            _falls("clock", 3.0, 4.0, 0.3), _no_more("thermal_bit", 4.0), _no_more("power_cap_bit", 3.0),
+            _no_more("power_brake_bit", 4.0), _no_more("tokens"), _no_more("expert_tokens"), _no_more("seq_sq"),
+            _no_more("run_delay"), _no_more("throttled"), _no_more("gc", 4.0), _no_more("recompiles"), _no_more("data", 0.5),
         ),
         "Take {component} out of the job and test it (clock locks, power limit, memory errors), or move rank {ranks} "
         "to a spare card.",
@@ -81,33 +89,33 @@ SIGNATURES: tuple[Signature, ...] = (
         "thermal_throttle", ("compute",), -0.5,
         (
             _rises("thermal_bit", 4.5, 5.0, 3.0), _falls("clock", 1.5, 2.0, 0.3), _rises("temperature", 1.0, 0.5),
-            _still("power_cap_bit", 1.0), _still("tokens"), _still("run_delay", 1.5), _still("throttled"),
+            _no_more("power_cap_bit", 1.0), _no_more("tokens"), _no_more("run_delay", 1.5), _no_more("throttled"),
         ),
         "Look at the cooling of {component}: airflow, inlet temperature, dust, a neighbour's exhaust.",
     ),
     Signature(
         "power_cap", ("compute",), -0.5,
         (
-            _rises("power_cap_bit", 4.5, 5.0, 3.0), _falls("clock", 1.5, 2.0, 0.3), _still("thermal_bit", 2.0),
-            _still("temperature", 0.5), _still("tokens"), _still("run_delay", 1.5), _still("throttled"),
+            _rises("power_cap_bit", 4.5, 5.0, 3.0), _falls("clock", 1.5, 2.0, 0.3), _no_more("thermal_bit", 2.0),
+            _still("temperature", 0.5), _no_more("tokens"), _no_more("run_delay", 1.5), _no_more("throttled"),
         ),
         "Compare the power limit of {component} with its peers' and raise it, or ask who lowered the host's budget.",
     ),
     Signature(
         "power_brake", ("compute",), -1.0,
-        (_rises("power_brake_bit", 5.0, 5.0, 3.5), _falls("clock", 1.5, 2.0, 0.3), _still("tokens")),
+        (_rises("power_brake_bit", 5.0, 5.0, 3.5), _falls("clock", 1.5, 2.0, 0.3), _no_more("tokens")),
         "Check the power supplies of {component}: the board asked its card to brake.",
     ),
     Signature(
         "hot_expert", ("compute",), -0.5,
-        (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _still("run_delay", 1.0), _still("throttled", 1.0)),
+        (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _no_more("run_delay", 1.0), _no_more("throttled", 1.0)),
         "Balance the router (auxiliary loss, capacity factor) or spread the experts of rank {ranks} over more cards.",
     ),
     Signature(
         "cpu_contention", ("compute", "data", "host"), -0.5,
         (
-            _rises("run_delay", 4.0, 4.0, 3.0), _still("throttled", 3.0), _still("clock", 1.5), _still("gc", 2.0),
-            _still("tokens", 1.0),
+            _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 1.5), _no_more("gc", 2.0),
+            _no_more("tokens", 1.0),
         ),
         "Find what else runs on the cores of rank {ranks} and pin the trainer and its loaders away from it.",
     ),
@@ -117,10 +125,10 @@ SIGNATURES: tuple[Signature, ...] = (
         "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
     ),
     Signature(
-        "slow_dataloader", ("data",), 2.0,
+        "slow_dataloader", ("data",), 3.0,
         (
-            _still("compute", 2.0), _falls("queue", 1.5, 2.0), _still("run_delay", 3.0), _still("throttled", 3.0),
-            _still("gc", 2.0),
+            _no_more("compute", 2.0), _falls("queue", 1.5, 2.0), _no_more("run_delay", 3.0), _no_more("throttled", 3.0),
+            _no_more("gc", 2.0),
         ),
         "Give rank {ranks} more loader workers or faster storage, and look at what its samples cost to prepare.",
     ),

@@ -116,8 +116,8 @@ class Topology:
             return None
         devices, hosts = {self.device[row] for row in rows}, {self.host[row] for row in rows}
         if len(devices) == 1 and None not in devices:
-            return self.device[rows[0]]
-        return self.host[rows[0]] if len(hosts) == 1 else None
+            return self.device[int(rows[0])]
+        return self.host[int(rows[0])] if len(hosts) == 1 else None
 
     def groups_of(self, rank: int, kind: str) -> list[tuple[int, ...]]:
         """The groups of a kind ("ep") that this rank is in."""
