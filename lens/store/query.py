@@ -20,7 +20,7 @@ from .charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
 from .errors import BadQueryError, StoreError, UnknownStepError
 from .folder import DataFolder
 from .readback import read_tables
-from .relations import PHASE_DURATION, STEP_DURATION, Selection
+from .relations import FROM_STEPS, PHASE_DURATION, Selection
 from .runs import Run
 
 Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[dict[str, Any]]]
@@ -83,7 +83,7 @@ class Query:
 
     def run(self, run: str) -> dict[str, Any]:
         """One run: its summary and ranks, groups, experts, config, data_versions, metrics and drops."""
-        known = self._folder.registry.run(run)
+        known = self._settled(run)
         progress = self._folder.registry.progress(known.number)
         return {
             **self._summary(known),
@@ -258,7 +258,7 @@ class Query:
 
         names = {series.metric for series in self._folder.registry.series(run.number)}
         if self.runs_last_step(run) is not None:
-            names |= {STEP_DURATION, PHASE_DURATION}
+            names |= {*FROM_STEPS, PHASE_DURATION}
         result = []
         for name in sorted(names):
             known = catalogue.get(name)

@@ -18,7 +18,12 @@ from .registry import Registry
 from .rows import Series
 from .schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
-STEP_DURATION, PHASE_DURATION = "step.duration", "phase.duration"
+PHASE_DURATION = "phase.duration"
+FROM_STEPS = {
+    "step.duration": ("(t1_ns - t0_ns) / 1e9", f"t1_ns != {NULL}"),
+    "step.tokens": ("toFloat64(tokens)", f"tokens != {NULL}"),
+}
+"""Metrics that the steps themselves hold: the value, and which rows have one."""
 NOT_OVER_RANKS = "moe."
 """Vectors of these metrics without a rank are values of experts, not of ranks."""
 
@@ -78,7 +83,7 @@ def relation_of(store: Store, registry: Registry, run: int, selection: Selection
         found = _from_samples(store, run, selection, chosen, axis) or _from_vectors(store, run, selection, chosen)
         if found is not None:
             return found
-    if selection.metric == STEP_DURATION and not selection.labels:
+    if selection.metric in FROM_STEPS and not selection.labels:
         return _from_steps(store, run, selection)
     if selection.metric == PHASE_DURATION:
         return _from_phases(store, run, selection)
@@ -159,16 +164,15 @@ def _from_vectors(store: Store, run: int, selection: Selection, chosen: list[Ser
 
 
 def _from_steps(store: Store, run: int, selection: Selection) -> Relation | None:
-    where = f"run = {run} AND t1_ns != {NULL} AND {selection.rank_filter()}"
+    value, known = FROM_STEPS[selection.metric]
+    where = f"run = {run} AND {known} AND {selection.rank_filter()}"
     extent = store.query(
         f"SELECT min(step) AS low, max(step) AS high, count() AS rows FROM lens.steps WHERE {where}"
     )
     row = extent.to_pylist()[0]
     if not row["rows"]:
         return None
-    sql = (
-        f"SELECT '' AS key, rank, step, t0_ns AS t_ns, (t1_ns - t0_ns) / 1e9 AS value FROM lens.steps WHERE {where}"
-    )
+    sql = f"SELECT '' AS key, rank, step, t0_ns AS t_ns, {value} AS value FROM lens.steps WHERE {where}"
     return Relation(sql, {"": Name()}, extent=(row["low"], row["high"]))
 
 
