@@ -51,9 +51,8 @@ class Progress:
             if tables.count(name):
                 table = tables.table(name)
                 times = table[column]
-                if "t0_ns" in table:
-                    times = np.where(times == NULL, table["t0_ns"], times)
-                touched |= self._times(table["rank"], times)
+                began = table.get("t0_ns", times)
+                touched |= self._times(table["rank"], began, np.maximum(began, times))
         self._steps(tables)
         self._exits(tables)
         return touched
@@ -97,11 +96,11 @@ class Progress:
             return len(ranks)
         return sum(progress.last_t_ns >= newest - STALE_S * 1e9 and not progress.ended for progress in ranks)
 
-    def _times(self, ranks: Column, times: Column) -> set[int]:
+    def _times(self, ranks: Column, began: Column, ended: Column) -> set[int]:
         distinct, inverse = np.unique(ranks, return_inverse=True)
         newest, oldest = np.full(len(distinct), NULL), np.full(len(distinct), 2**63 - 1)
-        np.maximum.at(newest, inverse, times)
-        np.minimum.at(oldest, inverse, times)
+        np.maximum.at(newest, inverse, ended)
+        np.minimum.at(oldest, inverse, began)
         for rank, low, high in zip(distinct.tolist(), oldest.tolist(), newest.tolist(), strict=True):
             progress = self.ranks.setdefault(rank, RankProgress())
             progress.last_t_ns = max(progress.last_t_ns, high)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hypothesis import strategies as st
+
 from lens.records import word
-from lens.slots import NULL
 from lens.store.decode import NDJSON, Decoded, decode
 from lens.store.folder import DataFolder, Receipt
 from lens.tables import SCHEMA, Tables
@@ -92,7 +92,8 @@ durations = st.integers(0, 10**9)
 def _span(kind: st.SearchStrategy[str], more: st.SearchStrategy[Any], step: st.SearchStrategy[Any]) -> Any:
     return st.builds(
         lambda t0, d, kind, name, rank, step, attrs: {
-            "type": "span", "t0_ns": t0, "t1_ns": t0 + d, "kind": kind, "name": name, "rank": rank, "step": step, "attrs": attrs,
+            "type": "span", "t0_ns": t0, "t1_ns": t0 + d, "kind": kind, "name": name, "rank": rank, "step": step,
+            "attrs": attrs,
         },
         times, durations, kind, names, maybe_rank, step, more,
     )  # fmt: skip
@@ -131,11 +132,10 @@ phases = _span(st.just("phase"), attrs, maybe_step)
 collectives = _span(
     st.just("collective"),
     st.fixed_dictionaries(
-        {}, optional={"group": texts, "seq": st.integers(0, 99), "bytes": st.integers(0, 2**40), "async": st.booleans(),
-                      "layer": st.integers(0, 9), "peer": st.integers(0, 9), "t_done_ns": times, "other": texts}
+        {}, optional={"group": texts, "seq": st.integers(0, 99), "bytes": st.integers(0, 2**40),
+                      "async": st.booleans(), "layer": st.integers(0, 9), "peer": st.integers(0, 9),
+                      "t_done_ns": times, "other": texts}
     ),
     maybe_step,
 )  # fmt: skip
 record_lists = st.lists(st.one_of(samples, vectors, events, steps, phases, collectives), max_size=40)
-
-__all__ = ["NULL"]

@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lens.store.decode import ARROW, MOST_REASONS, NDJSON, SLOTS, decode
 from lens.store.encodings import unpack
 from lens.store.errors import TooLargeError, UndecodableError
