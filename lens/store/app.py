@@ -12,16 +12,15 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from lens.settings import Settings
-
-from . import ingest, live, reads
-from .access import Access, Guard, guard_of, token_of
-from .folder import DataFolder, Limits
-from .ingest import Ingest
-from .live import LiveFeed
-from .query import Query
-from .replies import error_reply, install_error_handlers, json_reply
-from .verdicts import Verdicts
-from .worker import DiagnosisWorker
+from lens.store import ingest, live, reads
+from lens.store.access import Access, Guard, guard_of, token_of
+from lens.store.folder import DataFolder, Limits
+from lens.store.ingest import Ingest
+from lens.store.live import LiveFeed
+from lens.store.query import Query
+from lens.store.replies import error_reply, install_error_handlers, json_reply
+from lens.store.verdicts import Verdicts
+from lens.store.worker import DiagnosisWorker
 
 _ROUTERS = (ingest.router, reads.router, live.router)
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

@@ -22,15 +22,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from lens.store.engine import Store
+from lens.store.entries import CUT, Cut
+from lens.store.errors import StoreBehindError, StoreError
+from lens.store.log import Log
+from lens.store.registry import Registry
+from lens.store.rows import RowGroup, RowMaker, join_rows, table_of
+from lens.store.schema import TARGETS
 from lens.tables import Tables
-
-from .engine import Store
-from .entries import CUT, Cut
-from .errors import StoreBehindError, StoreError
-from .log import Log
-from .registry import Registry
-from .rows import RowGroup, RowMaker, join_rows, table_of
-from .schema import TARGETS
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lens.slots import NULL, canonical
+from lens.store.decode import RECORD_ERRORS, Decoded, Rejections
+from lens.store.errors import UndecodableError
 from lens.tables import DTYPES, METRIC_NAME, SCHEMA, Column, Tables, TablesBuilder
-
-from .decode import RECORD_ERRORS, Decoded, Rejections
-from .errors import UndecodableError
 
 _TYPE_BY_COLUMN = {"value": "sample", "values": "vector", "t0_ns": "span", "severity": "event", "text": "event"}
 

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from lens.records import word
+from lens.store.engine import Store
+from lens.store.errors import BadQueryError
+from lens.store.registry import Registry
+from lens.store.relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
+from lens.store.runs import Run
+from lens.store.schema import STEP_BUCKET, TIME_BUCKET_NS
 from lens.tables import Column
-
-from .engine import Store
-from .errors import BadQueryError
-from .registry import Registry
-from .relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
-from .runs import Run
-from .schema import STEP_BUCKET, TIME_BUCKET_NS
 
 MOST_CELLS = 4_000_000
 """Largest answer: series × points, or rows × columns."""

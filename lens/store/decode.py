@@ -106,13 +106,13 @@ def _speakable(text: str) -> str:
 
 
 def _decode_arrow(body: bytes) -> Decoded:
-    from .arrow_decode import decode_arrow
+    from lens.store.arrow_decode import decode_arrow
 
     return decode_arrow(body)
 
 
 def _decode_slots(body: bytes) -> Decoded:
-    from .slots_decode import decode_slots
+    from lens.store.slots_decode import decode_slots
 
     return decode_slots(body)
 

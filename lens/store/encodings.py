@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-from .errors import TooLargeError, UndecodableError
+from lens.store.errors import TooLargeError, UndecodableError
 
 _BITE = 1024
 """Bytes of zstd unpacked in one call: four of them can stand for 128 KiB."""

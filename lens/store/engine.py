@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from .errors import StoreError
-from .schema import MIGRATIONS, TARGETS
+from lens.store.errors import StoreError
+from lens.store.schema import MIGRATIONS, TARGETS
 
 CHDB_PREFIX = "chdb://"
 READERS = 4

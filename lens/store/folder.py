@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import runs
-from .applier import Applier, Pending, read_pointer
-from .decode import Decoded, decode
-from .encodings import unpack
-from .engine import Store
-from .entries import BATCH, CUT, RUN, BatchEntry, Cut, RunEntry
-from .errors import StoreError, StoreFullError
-from .log import Log
-from .ownership import Ownership
-from .registry import Registry
-from .runs import Run
+from lens.store import runs
+from lens.store.applier import Applier, Pending, read_pointer
+from lens.store.decode import Decoded, decode
+from lens.store.encodings import unpack
+from lens.store.engine import Store
+from lens.store.entries import BATCH, CUT, RUN, BatchEntry, Cut, RunEntry
+from lens.store.errors import StoreError, StoreFullError
+from lens.store.log import Log
+from lens.store.ownership import Ownership
+from lens.store.registry import Registry
+from lens.store.runs import Run
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from lens.slots import NULL
+from lens.store.live_cells import Columns, Key, OpenPhases, cells_of
 from lens.tables import Tables
-
-from .live_cells import Columns, Key, OpenPhases, cells_of
 
 WINDOW_CELLS = 262_144
 """Cells kept for each run (12 bytes each)."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import StoreError, StoreFullError
+from lens.store.errors import StoreError, StoreFullError
 
 logger = logging.getLogger(__name__)
 

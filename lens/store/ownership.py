@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import FolderOwnedError, StoreError
+from lens.store.errors import FolderOwnedError, StoreError
 
 LOCK, SERVER = "lock", "server.json"
 

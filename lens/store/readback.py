@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lens.slots import NULL
+from lens.store.engine import Store
+from lens.store.rows import Series
 from lens.tables import DTYPES, SCHEMA, Column, Table, Tables
-
-from .engine import Store
-from .rows import Series
 
 _PLAIN = ("steps", "spans", "collectives", "events")
 _DICTIONARIES = " SETTINGS output_format_arrow_low_cardinality_as_dictionary = 1"

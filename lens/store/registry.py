@@ -10,15 +10,14 @@ import threading
 import time
 from typing import Any
 
+from lens.store.engine import Store
+from lens.store.entries import BatchEntry, RunEntry
+from lens.store.errors import UnknownRunError
+from lens.store.progress import Progress, RankProgress
+from lens.store.rows import Series
+from lens.store.runs import Run, merged
+from lens.store.seen import SeenBatches
 from lens.tables import Tables
-
-from .engine import Store
-from .entries import BatchEntry, RunEntry
-from .errors import UnknownRunError
-from .progress import Progress, RankProgress
-from .rows import Series
-from .runs import Run, merged
-from .seen import SeenBatches
 
 
 class Registry:

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lens.slots import NULL
-
-from .engine import Store, quote
-from .errors import BadQueryError
-from .registry import Registry
-from .rows import Series
-from .schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+from lens.store.engine import Store, quote
+from lens.store.errors import BadQueryError
+from lens.store.registry import Registry
+from lens.store.rows import Series
+from lens.store.schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
 PHASE_DURATION = "phase.duration"
 FROM_STEPS = {

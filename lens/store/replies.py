@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lens.records import word
-
-from .errors import (
+from lens.store.errors import (
     BadQueryError,
     FolderOwnedError,
     StoreBehindError,
@@ -26,7 +25,7 @@ from .errors import (
     UnknownRunError,
     UnknownStepError,
 )
-from .runs import BadRunError
+from lens.store.runs import BadRunError
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import StoreError
+from lens.store.errors import StoreError
 
 RUN_ID = re.compile(r"[^\x00-\x1f\x7f/\\?#%]{1,128}")
 _OBJECTS = ("experts", "config", "data_versions")

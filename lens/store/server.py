@@ -11,11 +11,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from lens.settings import Settings
-
-from .access import guard_of, is_loopback, token_of
-from .app import create_app
-from .errors import StoreError
-from .folder import DataFolder, Limits
+from lens.store.access import guard_of, is_loopback, token_of
+from lens.store.app import create_app
+from lens.store.errors import StoreError
+from lens.store.folder import DataFolder, Limits
 
 Ready = Callable[[str], None]
 Mount = Callable[[FastAPI], None]

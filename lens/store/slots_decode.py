@@ -29,10 +29,9 @@ from lens.slots import (
     SlotError,
     decode_batch,
 )
+from lens.store.decode import RECORD_ERRORS, Decoded, Rejections
+from lens.store.errors import UndecodableError
 from lens.tables import DTYPES, METRIC_NAME, SCHEMA, Column, Tables, TablesBuilder
-
-from .decode import RECORD_ERRORS, Decoded, Rejections
-from .errors import UndecodableError
 
 OVERHEAD_METRIC = "lens.overhead.time"
 _LOW = np.int64(0xFFFFFFFF)

@@ -6,9 +6,9 @@ import logging
 import threading
 import time
 
-from .errors import StoreError
-from .live import LiveFeed
-from .query import Query
+from lens.store.errors import StoreError
+from lens.store.live import LiveFeed
+from lens.store.query import Query
 
 logger = logging.getLogger(__name__)
 

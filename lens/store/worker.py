@@ -18,9 +18,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from lens.store.errors import StoreError, StoreFullError
 from lens.tables import Tables
-
-from .errors import StoreError, StoreFullError
 
 MOST_WAITING = 8
 TIMEOUT_S = 300.0
