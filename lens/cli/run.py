@@ -2,6 +2,8 @@
 
     lens run -- torchrun --nproc-per-node 8 train.py
 
+The script needs no line of lens: every Python process below finds `lens.hooks.autoload` first on its path and
+records from its first optimizer on. A script that calls `lens.watch` itself is recorded as it says.
 Signals reach the command as they are; a command that a signal ended ends `lens run` by the same signal.
 """
 
@@ -17,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     owner = owner_of(settings.data)
     server = settings.server or (owner or {}).get("url")
     token = settings.read_token()
-    environment = {**os.environ, "LENS_RUN": settings.run or new_run_id()}
+    environment = {**os.environ, "LENS_RUN": settings.run or new_run_id(), **_autoload()}
     for key, value in (("LENS_SERVER", server), ("LENS_TOKEN", token), ("LENS_NAME", settings.name)):
         if value:
             environment[key] = value
@@ -63,6 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
 def new_run_id() -> str:
     """A run id that sorts by time and is unlikely to be drawn twice."""
     return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+
+
+def _autoload() -> dict[str, str]:
+    """What makes the Python processes of the command record by themselves."""
+    from lens.hooks import autoload
+
+    ours = str(Path(autoload.__file__).resolve().parent)
+    path = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+    return {"LENS_AUTOLOAD": "1", "PYTHONPATH": path}
 
 
 def _start_agent(settings: Settings, server: str | None, token: str | None) -> None:

@@ -42,18 +42,34 @@ def watch(
     described = {"name": name, "config": config, "groups": groups, "experts": experts}
     changes = {key: value for key, value in described.items() if value is not None}
     try:
+        _give_way()
         if _session is None:
             settings = settings or Settings.load()
             if settings.disabled:
                 return
             whole = process.describe(settings, about) | changes | {"run": process.run_id(settings, run)}
-            _session = Session(settings, whole, groups or {})
-            _session.install()
-            process.start_agent(settings)
+            _begin(settings, whole, groups or {})
+            assert _session is not None
         elif changes:
             _session.recorder.describe(**changes)
             _session.collectives.kinds = groups or _session.collectives.kinds
         _session.watch(model, optimizer)
+    except (RecorderError, SettingsError) as error:
+        _refuse(str(error))
+    except Exception as error:
+        _refuse(f"nothing is recorded, training goes on ({type(error).__name__}: {error})")
+
+
+def watch_unprepared() -> None:
+    """Begin to record a training that has no line of lens in it, at its first optimizer; see ``lens run``."""
+    if _refused or _session is not None:
+        return
+    try:
+        settings = Settings.load()
+        if settings.disabled:
+            return
+        session = _begin(settings, process.describe(settings, {}) | {"run": process.run_id(settings, None)}, {})
+        session.watch_unprepared()
     except (RecorderError, SettingsError) as error:
         _refuse(str(error))
     except Exception as error:
@@ -107,6 +123,7 @@ def expert_tokens(layer: int, counts: Any, dropped: Any = None) -> None:
     if session is None or not session.values.part.on:
         return
     try:
+        session.experts.given_by_hand()
         session.values.expert_tokens(layer, counts, dropped)
     except Exception as error:
         session.values.part.fail(error)
@@ -205,6 +222,27 @@ class _Waits:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _begin(settings: Settings, about: Mapping[str, Any], groups: Mapping[str, Sequence[Sequence[int]]]) -> Session:
+    global _session
+    _session = Session(settings, about, groups)
+    _session.install()
+    process.start_agent(settings)
+    return _session
+
+
+def _give_way() -> None:
+    """The training speaks for itself: what was begun without it makes room, unless steps were recorded already."""
+    global _session
+    session = _session
+    if session is None or not session.unprepared:
+        return
+    session.unprepared = False
+    if not session.timeline.last_end:
+        _session = None
+        session.close()
+        session.recorder.path.unlink(missing_ok=True)
 
 
 def _refuse(reason: str) -> None:

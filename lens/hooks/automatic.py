@@ -11,16 +11,17 @@ from lens.hooks.timeline import Timeline
 
 
 class RootForward:
-    """Stands in for ``model.forward`` on one instance.
+    """Stands in for ``model.forward`` on one instance, or for what ``model.compile()`` put in its place.
 
     An object, not a closure: a model that is pickled or deep-copied takes its own plain `forward` along.
     """
 
-    def __init__(self, model: Any, timeline: Timeline) -> None:
+    def __init__(self, model: Any, timeline: Timeline, attribute: str = "forward") -> None:
         import torch
 
         self._model = model
-        self._original: Callable[..., Any] = model.forward
+        self._attribute = attribute
+        self._original: Callable[..., Any] = getattr(model, attribute)
         self._timeline = timeline
         self._forward, self._eval = timeline.phase_id("forward"), timeline.phase_id("eval")
         self._compiling: Callable[[], bool] = torch.compiler.is_compiling
@@ -31,19 +32,22 @@ class RootForward:
         if self._compiling():
             return self._original(*args, **kwargs)
         timeline = self._timeline
-        if not _entered(timeline, self._forward if self._training() else self._eval):
+        if not entered(timeline, self._forward if self._training() else self._eval):
             return self._original(*args, **kwargs)
         result = self._original(*args, **kwargs)
-        _left(timeline)
+        left(timeline)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._model, "forward")
+        return getattr, (self._model, self._attribute)
 
 
 def watch_model(model: Any, timeline: Timeline) -> None:
     """Time the calls of the root module."""
-    timeline.part.patch(model, "forward", RootForward(model, timeline))
+    # A module compiled in place is entered there; its `forward` only runs while it is traced.
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    attribute = "_compiled_call_impl" if compiled else "forward"
+    timeline.part.patch(model, attribute, RootForward(model, timeline, attribute))
 
 
 def watch_backward(timeline: Timeline) -> None:
@@ -56,10 +60,10 @@ def watch_backward(timeline: Timeline) -> None:
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not _entered(timeline, backward):
+        if compiling() or not entered(timeline, backward):
             return original(*args, **kwargs)
         result = original(*args, **kwargs)
-        _left(timeline)
+        left(timeline)
         return result
 
     timeline.part.patch(torch.autograd, "backward", wrapper)
@@ -67,16 +71,22 @@ def watch_backward(timeline: Timeline) -> None:
 
 def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[], None]) -> None:
     """Time the optimizer's step by its own hooks; it ends a step where steps are not marked by hand."""
+    import torch
+
+    compiling = torch.compiler.is_compiling
     name = timeline.phase_id("optimizer")
-    entered = False
+    began = False
 
     def before(*_: Any) -> None:
-        nonlocal entered
-        entered = _entered(timeline, name)
+        nonlocal began
+        if not compiling():
+            began = entered(timeline, name)
 
     def after(*_: Any) -> None:
-        if entered:
-            _left(timeline)
+        if compiling():
+            return
+        if began:
+            left(timeline)
         if timeline.here():
             after_step()
 
@@ -121,7 +131,8 @@ def timed_next(timeline: Timeline, fetch: Callable[[Any], Any], source: Any) -> 
             timeline.part.fail(error)
 
 
-def _entered(timeline: Timeline, name: int) -> bool:
+def entered(timeline: Timeline, name: int) -> bool:
+    """Begin a phase that was found; False when this time is not ours to name."""
     try:
         return timeline.here() and timeline.enter_found(name)
     except Exception as error:
@@ -129,7 +140,8 @@ def _entered(timeline: Timeline, name: int) -> bool:
         return False
 
 
-def _left(timeline: Timeline) -> None:
+def left(timeline: Timeline) -> None:
+    """End a phase that was found."""
     try:
         timeline.leave()
     except Exception as error:

@@ -54,6 +54,10 @@ class Part:
     def switch_off(self) -> None:
         """Put everything back as it was, last patch first."""
         self.on = False
+        self.undo()
+
+    def undo(self) -> None:
+        """Take back what was patched so far; the part stays on."""
         while self._undo:
             self._undo.pop()()
 

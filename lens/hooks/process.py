@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lens.recorder import Recorder
 from lens.settings import Settings
 
 _watched_times = itertools.count()
+_HOOKS = f"{Path(__file__).parent}{os.sep}"
 _SHARE_S = 10
 """Longest that a rank waits for rank 0's run id: rank 0 may not be watched at all."""
 
@@ -133,10 +134,37 @@ def watch_errors(recorder: Recorder, timeline: Timeline, on_error: Callable[[], 
                 recorder.event("process.error", text, "error", step=timeline.step, attrs=attributes)
             except Exception as own:
                 part.fail(own)
+            traceback = _without_own_frames(error, traceback)
         before(kind, error, traceback)
 
     part.patch(sys, "excepthook", note)
     return part
+
+
+def _without_own_frames(error: BaseException, traceback: Any) -> Any:
+    """The traceback as it would be without lens: our wrappers' frames are taken out, of what caused it too."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = _users_part(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
+    return _users_part(traceback)
+
+
+def _users_part(traceback: Any) -> Any:
+    kept = [entry for entry in _entries(traceback) if not entry.tb_frame.f_code.co_filename.startswith(_HOOKS)]
+    for entry, following in zip(kept, [*kept[1:], None], strict=True):
+        entry.tb_next = following
+    return kept[0] if kept else None
+
+
+def _entries(traceback: Any) -> Iterator[Any]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
 
 
 def _number(variable: str) -> int | None:
@@ -169,4 +197,5 @@ def _agent_environment(settings: Settings) -> dict[str, str]:
     }
     own = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **shared, "PYTHONPATH": path}
+    # The agent trains nothing: it is not to be watched.
+    return {**os.environ, **shared, "PYTHONPATH": path, "LENS_AUTOLOAD": "0"}

@@ -8,8 +8,11 @@ from typing import Any
 
 from lens.hooks import automatic, process
 from lens.hooks.collectives import Collectives
+from lens.hooks.experts import Experts
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
+from lens.hooks.memory import Memory
+from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, Timeline
 from lens.hooks.values import Values
 from lens.recorder import Recorder
@@ -31,9 +34,14 @@ class Session:
         self.timeline = Timeline(self.recorder)
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
+        self.experts = Experts(self.timeline, self.values)
+        self.memory = Memory(self.recorder)
+        self.unprepared = False
+        """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
         self.clean = True
         self._watched: list[Any] = []
+        self._roots: RootSearch | None = None
         self._counters_at = 0
         self._gc_column = self.recorder.intern("process.gc.time")
         self.parts: list[Part] = [
@@ -42,6 +50,8 @@ class Session:
             self.values.part,
             self.timeline.part,
             self.collectives.part,
+            self.experts.part,
+            self.memory.part,
         ]
 
     def install(self) -> None:
@@ -54,16 +64,27 @@ class Session:
         """Find the phases of this model and optimizer; each is taken once, however often it is given."""
         new = [thing for thing in (model, optimizer) if thing is not None and not self._knows(thing)]
         if new and not self._watched:
-            automatic.watch_backward(self.timeline)
-            automatic.watch_loaders(self.timeline)
+            self._watch_process()
         self._watched += new
         if any(thing is model for thing in new):
             automatic.watch_model(model, self.timeline)
+            self.experts.watch(model)
         if any(thing is optimizer for thing in new):
             automatic.watch_optimizer(optimizer, self.timeline, self._after_optimizer)
 
+    def watch_unprepared(self) -> None:
+        """Find models and optimizers by themselves."""
+        self.unprepared = True
+        self._watch_process()
+        watch_every_optimizer(self.timeline, self._after_optimizer)
+        self._roots = RootSearch(self.timeline, lambda module: self.watch(module, None))
+        self.parts.append(self._roots.part)
+        self._watched.append(self._roots)
+        self._roots.begin()
+
     def end_step(self) -> bool:
         """The step is over; returns whether somebody asks the hook to leave."""
+        self.experts.before_step_ends()
         now = self.timeline.end_step()
         return self._after_step(now)
 
@@ -80,22 +101,42 @@ class Session:
         for part in self.parts:
             part.on = False
 
+    def _watch_process(self) -> None:
+        automatic.watch_backward(self.timeline)
+        automatic.watch_loaders(self.timeline)
+
     def _knows(self, thing: Any) -> bool:
         return any(known is thing for known in self._watched)
 
     def _after_optimizer(self) -> None:
         from lens.hooks import api
 
-        if self.timeline.end_automatic_step() and self._after_step(self.timeline.last_end):
+        if not self.timeline.ends_by_itself():
+            return
+        self.experts.before_step_ends()
+        if self._after_step(self.timeline.end_step()):
             api.detach()
 
     def _after_step(self, now: int) -> bool:
         if self.values.part.on:
             self.values.use_what_arrived()
+        if self._roots is not None and self._roots.after_step():
+            self._roots = None
+            self._update_rank()
         if now - self._counters_at >= _COUNTERS_NS:
             self._counters_at = now
+            self.memory.read(now, self.timeline.last_step)
             self.recorder.row(self._gc_column, (self.timeline.gc_ns / 1e9,), now)
         return self.recorder.detach_asked()
+
+    def _update_rank(self) -> None:
+        """The process group may have been made after the optimizer."""
+        distributed = process.initialised_distributed()
+        if distributed is None:
+            return
+        known = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+        if any(self.recorder.about.get(key) != value for key, value in known.items()):
+            self.recorder.describe(**known)
 
     def _ends_in_error(self) -> None:
         self.clean = False

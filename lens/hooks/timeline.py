@@ -50,6 +50,7 @@ class Timeline:
         "_waiting_since",
         "gc_ns",
         "last_end",
+        "last_step",
         "part",
         "phase",
         "spent",
@@ -69,6 +70,8 @@ class Timeline:
         """Nanoseconds of garbage collection since the process was watched."""
         self.last_end = 0
         """When the last step ended."""
+        self.last_step = NULL
+        """The step that ended last."""
         self._recorder = recorder
         self._note_phase = recorder.note_phase
         self._record_phase = recorder.phase
@@ -123,6 +126,7 @@ class Timeline:
             self.step, self.step_t0, now, tokens, micro_batches, seq_sq,
             NULL, self.gc_ns - self._gc_before, NULL, self.spent + _clock() - now,
         )  # fmt: skip
+        self.last_step = self.step
         self.step = NULL
         self.last_end = now
         return now
@@ -132,12 +136,9 @@ class Timeline:
         self._forget_phases()
         self.step = NULL
 
-    def end_automatic_step(self) -> bool:
-        """The optimizer has stepped: unless steps are marked by hand, one ends here."""
-        if self._steps_by_hand or self.step == NULL:
-            return False
-        self.end_step()
-        return True
+    def ends_by_itself(self) -> bool:
+        """Whether the optimizer's step ends the step: one is open, and steps are not marked by hand."""
+        return self.step != NULL and not self._steps_by_hand
 
     def _open_step(self, number: int, began: int) -> None:
         self._close_phases(began)

@@ -49,9 +49,20 @@ class Values:
         if is_on_device(counts) or is_on_device(dropped):
             self._experts_later(layer, counts, dropped, t, step)
         else:
-            self._experts(layer, tuple(counts.tolist() if hasattr(counts, "tolist") else counts), dropped, t, step)
+            self.record_experts(
+                layer, tuple(counts.tolist() if hasattr(counts, "tolist") else counts), dropped, t, step
+            )
         if self._timeline.here():
             self._timeline.spent += _clock() - t
+
+    def record_experts(self, layer: int, counts: Sequence[float], dropped: Any, t: int, step: int) -> None:
+        """Record counts that have been read already, as of time `t` and `step`."""
+        recorder = self._recorder.for_thread()
+        recorder.vector(recorder.intern("moe.expert.tokens"), counts, t, step, layer)
+        totals = self._layers.get(layer)
+        if totals is None:
+            totals = self._layers[layer] = _LayerTotals(layer)
+        recorder.row(recorder.intern(totals.columns(dropped)), totals.add(sum(counts), dropped), t, step)
 
     def use_what_arrived(self) -> None:
         """Once a step: record the numbers that have come from a device since."""
@@ -79,14 +90,6 @@ class Values:
             columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
         recorder.row(columns, tuple(values.values()), t, number)
 
-    def _experts(self, layer: int, counts: Sequence[float], dropped: Any, t: int, step: int) -> None:
-        recorder = self._recorder.for_thread()
-        recorder.vector(recorder.intern("moe.expert.tokens"), counts, t, step, layer)
-        totals = self._layers.get(layer)
-        if totals is None:
-            totals = self._layers[layer] = _LayerTotals(layer)
-        recorder.row(recorder.intern(totals.columns(dropped)), totals.add(sum(counts), dropped), t, step)
-
     def _experts_later(self, layer: int, counts: Any, dropped: Any, t: int, step: int) -> None:
         import torch
 
@@ -97,9 +100,9 @@ class Values:
 
         def write(numbers: list[float]) -> None:
             if dropped is None:
-                self._experts(layer, numbers, None, t, step)
+                self.record_experts(layer, numbers, None, t, step)
             else:
-                self._experts(layer, numbers[:-1], numbers[-1], t, step)
+                self.record_experts(layer, numbers[:-1], numbers[-1], t, step)
 
         self.later.read(tensors, write)
 

@@ -1,0 +1,141 @@
+"""Tokens of each expert, counted from what routers return; counts that the training hands over go before."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lens.hooks.guard import Part
+from lens.hooks.later import is_on_device
+from lens.hooks.routers import Router, classify, find_routers
+from lens.hooks.timeline import Timeline
+from lens.hooks.values import Values
+from lens.slots import NULL
+
+_clock = time.monotonic_ns
+
+
+class RouterForward:
+    """Stands in for a router's ``forward``: an object, so that a copied or pickled model takes its own along."""
+
+    def __init__(self, router: Router, row: int, experts: Experts) -> None:
+        import torch
+
+        self._router = router
+        self._row = row
+        self._experts = experts
+        self._original: Callable[..., Any] = router.module.forward
+        self._compiling: Callable[[], bool] = torch.compiler.is_compiling
+        functools.update_wrapper(self, self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._original(*args, **kwargs)
+        if not self._compiling():
+            self._experts.count(self._router, self._row, output)
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._router.module, "forward")
+
+
+class _Table:
+    """Counts of this step, one row a router, on the device where its routers are."""
+
+    def __init__(self, rows: int, experts: int, device: Any) -> None:
+        import torch
+
+        self.counts = torch.zeros(rows, experts, dtype=torch.int64, device=device)
+        self.one = torch.ones(1, dtype=torch.int64, device=device)
+        self.layers: dict[int, int] = {}
+        """Row -> layer, of the routers that ran in this step."""
+
+
+class Experts:
+    """The routers of the watched models."""
+
+    def __init__(self, timeline: Timeline, values: Values) -> None:
+        self.part = Part("tokens of experts")
+        self._timeline = timeline
+        self._values = values
+        self._passed_over = (timeline.phase_id("backward"), timeline.phase_id("eval"))
+        self._tables: dict[tuple[int, Any], _Table] = {}
+        self._known: set[int] = set()
+        self._rows = 0
+
+    def watch(self, model: Any) -> None:
+        """Count the tokens of this model's routers."""
+        if not self.part.on:
+            return
+        try:
+            new = [router for router in find_routers(model) if id(router.module) not in self._known]
+            for router in new:
+                self._known.add(id(router.module))
+                self.part.patch(router.module, "forward", RouterForward(router, self._rows, self))
+                self._rows += 1
+        except Exception as error:
+            self.part.fail(error)
+
+    def count(self, router: Router, row: int, output: Any) -> None:
+        """Add one call of a router in the forward pass of a step; what is computed once more does not count."""
+        timeline = self._timeline
+        if not self.part.on or not timeline.here() or timeline.step == NULL or timeline.phase in self._passed_over:
+            return
+        began = _clock()
+        try:
+            found = classify(output, router.experts, router.top_k)
+            if found is not None:
+                self._add(router, row, *found)
+        except Exception as error:
+            self.part.fail(error)
+        timeline.spent += _clock() - began
+
+    def before_step_ends(self) -> None:
+        """Record the counts of the step that ends now."""
+        for table in self._tables.values() if self.part.on else ():
+            if table.layers:
+                try:
+                    self._record(table)
+                except Exception as error:
+                    self.part.fail(error)
+
+    def given_by_hand(self) -> None:
+        """The training hands over its own counts: these are the ones to keep."""
+        if self.part.on:
+            self.part.switch_off()
+
+    def _add(self, router: Router, row: int, kind: str, tensor: Any, experts: int) -> None:
+        import torch
+
+        key = (experts, tensor.device)
+        table = self._tables.get(key)
+        if table is None or row >= len(table.counts):
+            table = self._tables[key] = _Table(self._rows, experts, tensor.device)
+        table.layers[row] = router.layer
+        counts = table.counts[row]
+        with torch.no_grad():
+            if kind == "counts":
+                counts += tensor
+            elif kind == "map":
+                counts += (tensor.reshape(-1, experts) != 0).sum(0)
+            else:
+                chosen = tensor.detach().topk(router.top_k, dim=-1).indices if kind == "logits" else tensor
+                chosen = chosen.reshape(-1).long()
+                # Not bincount, which would wait for a device.
+                counts.scatter_add_(0, chosen, table.one.expand(len(chosen)))
+
+    def _record(self, table: _Table) -> None:
+        layers, table.layers = table.layers, {}
+        t, step, values = _clock(), self._timeline.step, self._values
+
+        def write(numbers: list[float]) -> None:
+            width = table.counts.shape[1]
+            for row, layer in layers.items():
+                values.record_experts(layer, numbers[row * width : (row + 1) * width], None, t, step)
+
+        if is_on_device(table.counts):
+            values.later.read([table.counts], write)
+        else:
+            write(table.counts.reshape(-1).tolist())
+        table.counts.zero_()

@@ -1,0 +1,55 @@
+"""What torch's allocator says of its device memory. Read on the host: the device is never waited for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lens.hooks.guard import Part
+from lens.recorder import Recorder
+from lens.slots import COLUMN_SEPARATOR
+
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "torch.memory.allocated": ("allocated_bytes", "all", "current"),
+    "torch.memory.reserved": ("reserved_bytes", "all", "current"),
+    "torch.memory.active": ("active_bytes", "all", "current"),
+    "torch.memory.inactive_split": ("inactive_split_bytes", "all", "current"),
+    "torch.memory.allocated_peak": ("allocated_bytes", "all", "peak"),
+    "torch.memory.alloc_retries": ("num_alloc_retries",),
+    "torch.memory.ooms": ("num_ooms",),
+}
+"""Metric, and where ``torch.cuda.memory_stats_as_nested_dict`` has it."""
+
+
+class Memory:
+    """The allocator of the device in use, CUDA or ROCm; says nothing where there is none."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.part = Part("memory statistics")
+        self._recorder = recorder
+
+    def read(self, now: int, step: int) -> None:
+        """Record the statistics that this torch has."""
+        torch: Any = sys.modules.get("torch")
+        if torch is None or not self.part.on:
+            return
+        try:
+            if torch.cuda.is_initialized():
+                self._record(torch.cuda.memory_stats_as_nested_dict(), now, step)
+        except Exception as error:
+            self.part.fail(error)
+
+    def _record(self, statistics: dict[str, Any], now: int, step: int) -> None:
+        found = {metric: _at(statistics, path) for metric, path in STATISTICS.items()}
+        known = {metric: float(value) for metric, value in found.items() if value is not None}
+        if known:
+            columns = self._recorder.intern(COLUMN_SEPARATOR.join(known))
+            self._recorder.row(columns, tuple(known.values()), now, step)
+
+
+def _at(statistics: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if not isinstance(statistics, dict) or key not in statistics:
+            return None
+        statistics = statistics[key]
+    return statistics
