@@ -14,14 +14,14 @@ from typing import Any
 
 from lens.records import word
 from lens.slots import NULL
+from lens.store.charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
+from lens.store.communication import communication_of
+from lens.store.errors import BadQueryError, StoreError, UnknownStepError
+from lens.store.folder import DataFolder
+from lens.store.readback import read_tables
+from lens.store.relations import FROM_STEPS, PHASE_DURATION, Selection
+from lens.store.runs import Run
 from lens.tables import SCHEMA, Tables
-
-from .charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
-from .errors import BadQueryError, StoreError, UnknownStepError
-from .folder import DataFolder
-from .readback import read_tables
-from .relations import FROM_STEPS, PHASE_DURATION, Selection
-from .runs import Run
 
 Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[dict[str, Any]]]
 """Runs functions of `lens.diagnosis`, given by name, on the same records."""
@@ -166,6 +166,10 @@ class Query:
                 f"no rank has recorded step {step}", f"the newest step is {self.runs_last_step(known)}"
             )
         return {"step": step, "ranks": ranks}
+
+    def communication(self, run: str, first: int | None = None, last: int | None = None) -> dict[str, Any]:
+        """Who sends to whom and who waits for whom in steps [first, last]; see `communication.communication_of`."""
+        return communication_of(self._folder.store, self._settled(run), first, last)
 
     def runs_last_step(self, run: Run) -> int | None:
         """Newest step that any rank of a run has finished."""

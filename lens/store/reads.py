@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from . import query as reading
-from .charts import MOST_CELLS, Window
-from .errors import BadQueryError
-from .relations import Selection
-from .replies import json_reply, worded
+from lens.store import query as reading
+from lens.store.charts import MOST_CELLS, Window
+from lens.store.errors import BadQueryError
+from lens.store.relations import Selection
+from lens.store.replies import json_reply, worded
 
 router = APIRouter(prefix="/api/v1", tags=["read"])
 
@@ -85,6 +85,17 @@ def latest(request: Request, run: str, metric: Metric) -> Response:
 def show_step(request: Request, run: str, step: int) -> Response:
     """{"step", "ranks": […]}; 404 if no rank has recorded it."""
     return json_reply(_query(request).step(run, step))
+
+
+@router.get("/runs/{run}/communication", summary="Rank by rank bytes and waiting; bus bandwidth of each group")
+def communication(
+    request: Request,
+    run: str,
+    start: Annotated[Step | None, Query(alias="from")] = None,
+    stop: Annotated[Step | None, Query(alias="to")] = None,
+) -> Response:
+    """Sums over the steps from … to; "from" and "to" of the answer say which steps were read."""
+    return json_reply(worded(_query(request).communication(run, start, stop)))
 
 
 @router.get("/runs/{run}/diagnosis", summary="What holds the run back")

@@ -1,6 +1,6 @@
 // What is shown, kept in the address: /run/ID/ranks?x=3000-4200&rank=17,40&m=phase.duration:forward
 
-/** @typedef {{run: string|null, path: string, x: [number, number]|null, ranks: number[], metric: string|null}} Address */
+/** @typedef {{run: string|null, path: string, x: [number, number]|null, ranks: number[], metric: string|null, step: number|null, layer: number|null}} Address */
 
 /** @returns {Address} */
 export function parse(location) {
@@ -14,7 +14,13 @@ export function parse(location) {
     x: range && Number(range[1]) <= Number(range[2]) ? [Number(range[1]), Number(range[2])] : null,
     ranks: [...new Set(ranks)],
     metric: query.get("m"),
+    step: whole(query.get("step")),
+    layer: whole(query.get("layer")),
   };
+}
+
+function whole(text) {
+  return /^\d{1,15}$/.test(text ?? "") ? Number(text) : null;
 }
 
 /** The address of a page of a run; commas and colons stay readable. @param {Address} address */
@@ -24,6 +30,7 @@ export function format(address) {
   if (address.x) parts.push(`x=${address.x[0]}-${address.x[1]}`);
   if (address.ranks.length) parts.push(`rank=${address.ranks.join(",")}`);
   if (address.metric) parts.push(`m=${encodeURIComponent(address.metric).replace(/%3A/g, ":").replace(/%2F/g, "/")}`);
+  for (const name of ["step", "layer"]) if (Number.isInteger(address[name])) parts.push(`${name}=${address[name]}`);
   const path = address.path ? `/${address.path}` : "";
   return `/run/${encodeURIComponent(address.run)}${path}${parts.length ? `?${parts.join("&")}` : ""}`;
 }

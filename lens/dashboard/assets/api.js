@@ -49,6 +49,21 @@ export async function getLedger(run, signal) {
   return (await request(`/runs/${encodeURIComponent(run)}/ledger`, null, signal)).json();
 }
 
+/** Every rank's spans of one step. */
+export async function getStep(run, step, signal) {
+  return (await request(`/runs/${encodeURIComponent(run)}/steps/${step}`, null, signal)).json();
+}
+
+/** Rank × rank bytes and waiting, and each group's bandwidth, in a range of steps. */
+export async function getCommunication(run, range, signal) {
+  return (await request(`/runs/${encodeURIComponent(run)}/communication`, range ? { from: range[0], to: range[1] } : null, signal)).json();
+}
+
+/** The newest value of every series of a metric. */
+export async function getLatest(run, metric, signal) {
+  return (await (await request(`/runs/${encodeURIComponent(run)}/latest`, { metric }, signal)).json()).series;
+}
+
 function selection(metric, labels, range, more) {
   const params = { metric, ...more };
   for (const [key, value] of Object.entries(labels ?? {})) params[`label.${key}`] = value;
@@ -60,6 +75,12 @@ function selection(metric, labels, range, more) {
 export async function getSeries(run, metric, labels, range, points, signal) {
   const params = selection(metric, labels, range, { axis: "step", points });
   return (await request(`/runs/${encodeURIComponent(run)}/series`, params, signal)).json();
+}
+
+/** Layer × expert rows over steps; null where nothing was reported. */
+export async function getExperts(run, range, columns, signal) {
+  const params = selection("moe.expert.tokens", null, range, { rows: "expert", columns, pool: "mean" });
+  return (await request(`/runs/${encodeURIComponent(run)}/heatmap`, params, signal)).json();
 }
 
 /** Rank × step map; `values` is row-major with NaN where there is nothing. */

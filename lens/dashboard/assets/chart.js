@@ -59,6 +59,15 @@ export class Chart {
     );
     this.plot.root.setAttribute("role", "img");
     this.plot.root.setAttribute("aria-label", `${label}. The button “Table” shows the same numbers as text.`);
+    if (this.options.onClick) {
+      this.plot.over.style.cursor = "pointer";
+      let pressed = 0;
+      this.plot.over.addEventListener("mousedown", (event) => (pressed = event.clientX));
+      this.plot.over.addEventListener("click", (event) => {
+        const index = this.plot.posToIdx(event.offsetX);
+        if (Math.abs(event.clientX - pressed) < 5 && this.data[0].length) this.options.onClick(index);
+      });
+    }
     this.plot.over.addEventListener("dblclick", () => app.zoomTo(null));
   }
 

@@ -1,17 +1,19 @@
 // Shows the page that the address names, keeps the address true to what is shown, and draws at most once a frame.
 
+import { Communication } from "./communication.js";
 import { format, parse } from "./address.js";
 import { PANELS, slowestRank } from "./panels.js";
 import { Overview } from "./overview.js";
 import { Ranks } from "./ranks.js";
 import { Runs } from "./runs.js";
 import { Session } from "./session.js";
+import { Steps } from "./steps.js";
 import { drawStatus } from "./status.js";
 import { element, replace } from "./dom.js";
 import { help, listen } from "./keyboard.js";
 import { scheme } from "./palette.js";
 
-const PAGES = { runs: Runs, overview: Overview, ranks: Ranks };
+const PAGES = { runs: Runs, overview: Overview, ranks: Ranks, steps: Steps, communication: Communication };
 const SCHEME_KEY = "mantine-color-scheme-value";
 const TICK_MS = 500;
 const SLOWEST_MS = 3000;

@@ -1,8 +1,9 @@
 // The overview's numbers of now, above its charts.
 
 import { drawVerdict } from "./verdict.js";
-import { element, replace } from "./dom.js";
+import { replace } from "./dom.js";
 import { integer, quantity, rankName } from "./format.js";
+import { tile } from "./tile.js";
 import { tokenRate } from "./panels.js";
 
 export class Overview {
@@ -21,10 +22,6 @@ export class Overview {
     const tiles = [stepTime(session), throughput(session), loss(session), progress(session)];
     replace(this.root.querySelector("#numbers"), JSON.stringify(tiles), () => tiles.map(tile));
   }
-}
-
-function tile({ label, value, detail, missing }) {
-  return element("div", { class: "lens-tile", "data-missing": missing }, element("span", { class: "lens-tile-label" }, label), element("strong", {}, value), element("span", { class: "lens-tile-detail" }, detail));
 }
 
 function stepTime(session) {

@@ -1,9 +1,9 @@
 // The controls of the Ranks page: which metric, which ranks.
 
 import { element, replace } from "./dom.js";
+import { PHASE_NAMES } from "./phases.js";
 import { sourceName } from "./causes.js";
 
-export const PHASES = ["data", "h2d", "forward", "backward", "optimizer", "checkpoint", "eval", "logging", "other"];
 /** Not one value a rank and step, or drawn elsewhere. */
 const NOT_BY_RANK = /^(hw\.|gpu\.|system\.|host\.|net\.|container\.|process\.|lens\.|moe\.)/;
 
@@ -40,7 +40,7 @@ export class Ranks {
 
 function metricGroups(meta, chosen) {
   const reported = (meta?.metrics ?? []).map((each) => each.metric).filter((name) => !NOT_BY_RANK.test(name) && !/^(step|phase)\.duration$/.test(name));
-  const groups = [["Time of each step", ["step.duration", ...PHASES.map((phase) => `phase.duration:${phase}`)]]];
+  const groups = [["Time of each step", ["step.duration", ...PHASE_NAMES.map((phase) => `phase.duration:${phase}`)]]];
   if (reported.length) groups.push(["Reported by the run", [...new Set(reported)].sort()]);
   if (!groups.some(([, items]) => items.includes(chosen))) groups.push(["From the address", [chosen]]);
   return groups;

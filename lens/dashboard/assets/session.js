@@ -92,6 +92,7 @@ export class Session {
     /** Called when something should be drawn again. */
     this.changed = () => {};
     this.sources = new Map();
+    this.replies = new Map();
     this.meta = null;
     this.error = null;
     this.diagnosis = null;
@@ -171,6 +172,29 @@ export class Session {
       if (this.meta) source.load();
     }
     return source;
+  }
+
+  /** A reply that is asked for when a picture wants it, and again once it is `every` ms old or `key` changed.
+   *  What was known is shown meanwhile. @returns {{value: object|null, error: ApiError|null}} */
+  reply(kind, key, every, load) {
+    let entry = this.replies.get(kind);
+    if (!entry) this.replies.set(kind, (entry = { key: null, value: null, error: null, at: -Infinity, busy: null }));
+    if (entry.busy !== key && (entry.key !== key || performance.now() - entry.at > every)) this.load(entry, key, load);
+    return entry;
+  }
+
+  async load(entry, key, load) {
+    entry.busy = key;
+    let [value, error] = [null, null];
+    try {
+      value = await load();
+    } catch (caught) {
+      if (!(caught instanceof ApiError)) throw caught;
+      error = caught;
+    }
+    if (entry.busy !== key || this.closed) return;
+    Object.assign(entry, { key, value: value ?? (entry.key === key ? entry.value : null), error, at: performance.now(), busy: null });
+    this.changed();
   }
 
   /** Forgets the sources that no open panel names. */

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens.dashboard.pages import overview, ranks, runs
+from lens.dashboard.pages import communication, overview, ranks, runs, steps
 from lens.dashboard.pages.page import Page
 
-PAGES: tuple[Page, ...] = (runs.PAGE, overview.PAGE, ranks.PAGE)
+PAGES: tuple[Page, ...] = (runs.PAGE, overview.PAGE, steps.PAGE, ranks.PAGE, communication.PAGE)
