@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 
@@ -50,6 +51,8 @@ def serve(
         raise StoreError(
             f"{host or 'every address'} can be reached from other machines", "say --public if that is meant"
         )
+    # Decoding in threads must not keep the event loop waiting for the interpreter: the default is 5 ms a thread.
+    sys.setswitchinterval(0.0005)
     listener = _listen(host, port)
     try:
         folder = DataFolder(settings.data, limits)

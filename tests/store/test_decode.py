@@ -69,6 +69,20 @@ def test_every_bad_line_is_named_with_its_reason() -> None:
     assert found.tables.samples["t_ns"].tolist() == [1, 2]
 
 
+def test_a_long_body_is_read_as_one_and_its_lines_are_numbered_through() -> None:
+    lines = [
+        b'{"type":"sample","t_ns":%d,"metric":"a.%d","value":1}' % (index, index % 7) for index in range(30_000)
+    ]
+    lines[20_000] = b"bad"
+    body = b"\n".join(lines)
+    assert len(body) > 1 << 20
+    for ending in (b"", b"\n"):
+        found = decode(body + ending, NDJSON)
+        assert [entry["line"] for entry in found.rejected.listed] == [20_001]
+        assert found.tables.samples["t_ns"].tolist() == [index for index in range(30_000) if index != 20_000]
+        assert found.tables.texts(found.tables.samples["metric"])[-1] == f"a.{29_999 % 7}"
+
+
 def test_values_that_are_no_finite_numbers_come_as_words_and_as_bare_tokens() -> None:
     lines = ['"NaN"', "NaN", '"Infinity"', "Infinity", '"-Infinity"', "-Infinity"]
     body = "\n".join(f'{{"type":"sample","t_ns":1,"metric":"a","value":{value}}}' for value in lines)
