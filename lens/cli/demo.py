@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any
 
 from lens.cli.diagnose import describe
-from lens.cli.errors import DONE, FAILED, INTERRUPTED, UNREACHABLE, CommandError, missing_extra
+from lens.cli.errors import DONE, FAILED, INTERRUPTED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, settings_of
 from lens.cli.processes import start, stop, wait_until
 from lens.cli.reader import ServerReader, owner_of
@@ -38,7 +38,7 @@ from lens.settings import Settings, default_rings
 HELP = "a real MoE training on this machine, live in a minute"
 HOSTS = 2
 RANKS_PER_HOST = 2
-CARD = "H200"
+CARDS = "H200,H200"
 SERVER_PATIENCE_S = 60.0
 DRAIN_PATIENCE_S = 20.0
 SHIP_S = 0.25
@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
     parser.add_argument("--fault", metavar="NAME@STEP:RANK", action="append", default=[], help="a real fault")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument("--cards", default=CARDS, help="the simulated cards of the two hosts, such as H200,MI400")
     parser.add_argument("--dropless", action="store_true", help="no capacity limit: no token is dropped")
     add_data(parser)
     parser.add_argument("--port", type=int, default=8321, help="port of the page, 0 takes a free one")
@@ -103,14 +104,14 @@ class _Demo:
             )
         self.url = str((owner_of(data) or {})["url"])
 
-    def start_agents(self) -> None:
+    def start_agents(self, cards: list[str]) -> None:
         self.agents = [
             start(
-                [sys.executable, "-m", "lens", "agent", "--simulate", f"{CARD}:{RANKS_PER_HOST}"],
+                [sys.executable, "-m", "lens", "agent", "--simulate", f"{card}:{RANKS_PER_HOST}"],
                 self.environment(f"host{number}"),
                 self.logs / f"agent-host{number}.log",
             )
-            for number in range(HOSTS)
+            for number, card in enumerate(cards)
         ]
 
     def start_trainer(self, arguments: argparse.Namespace) -> None:
@@ -118,7 +119,7 @@ class _Demo:
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(HOSTS * RANKS_PER_HOST),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
             "-m", "sample_runs.moe", "--steps", str(arguments.steps), "--seed", str(arguments.seed),
-            "--hosts", str(HOSTS), "--out", str(self.settings.data / "demo" / self.run),
+            "--hosts", str(HOSTS), "--card", arguments.cards, "--out", str(self.settings.data / "demo" / self.run),
         ]  # fmt: skip
         for fault in arguments.fault:
             command += ["--fault", fault]
@@ -178,6 +179,12 @@ def run(arguments: argparse.Namespace) -> int:
             "stop it, or name another folder with --data",
             UNREACHABLE,
         )
+    if len(arguments.cards.split(",")) != HOSTS:
+        raise CommandError(
+            f"--cards {arguments.cards} does not name one card for each of {HOSTS} hosts",
+            "--cards H200,MI400",
+            UNUSABLE,
+        )
     data = settings.data.resolve()
     rings = private_directory(default_rings()) / f"demo-{os.getpid()}"
     demo = _Demo(Settings.load(data=data), new_run_id(), rings, arguments.port, arguments.json)
@@ -203,7 +210,7 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
     demo.start_server()
     token = Settings.load(data=demo.settings.data).read_token()
     page = f"{demo.url}/run/{demo.run}"
-    demo.start_agents()
+    demo.start_agents(arguments.cards.split(","))
     demo.start_trainer(arguments)
     ready = f"{demo.url}/?token={token}"
     demo.say(f"page:  {ready}\nrun:   {demo.run}\nlogs:  {demo.logs}\nCtrl-C ends everything.\n")

@@ -53,11 +53,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"break a rank from a step on: {', '.join(DEFAULT_FACTORS)}; may be repeated; xFACTOR sets how much",
     )
     add("--hosts", type=int, default=1, help="hosts that the ranks play (default: this one)")
-    add("--card", default="H200", help="accelerator that each rank plays (default %(default)s)")
-    add("--vendor", default="nvidia", help="maker of that accelerator (default %(default)s)")
+    add(
+        "--card",
+        default="H200",
+        help="accelerator that the ranks play, or one a host: H200,MI400 (default %(default)s)",
+    )
     add("--name", default="sample MoE", help="name of the run (default %(default)s)")
     add("--no-lens", action="store_true", help="train without lens")
     options = parser.parse_args(arguments)
+    options.card = options.card.split(",")
+    if len(options.card) not in (1, options.hosts):
+        parser.error(f"--card names {len(options.card)} cards for {options.hosts} hosts")
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     return options

@@ -158,6 +158,8 @@ class Trainer:
         )
 
     def _watch(self) -> None:
+        cards = self.options.card
+        card = cards[host_of(self.options, self.rank, self.world) if len(cards) > 1 else 0]
         self.lens.watch(
             self.model,
             self.optimizer,
@@ -179,8 +181,8 @@ class Trainer:
                 "learning_rate": self.options.learning_rate,
                 "data_workers": self.options.data_workers,
             },
-            vendor=self.options.vendor,
-            card=self.options.card,
+            vendor=vendor_of(card),
+            card=card,
         )
 
     def _set_learning_rate(self, step: int) -> float:
@@ -260,6 +262,16 @@ class Progress:
 def due(step: int, every: int) -> bool:
     """Whether something done every so many steps is done after this one."""
     return bool(every) and (step + 1) % every == 0
+
+
+def host_of(options: argparse.Namespace, rank: int, world: int) -> int:
+    """Which of the hosts that are played this rank is on."""
+    return rank // -(-world // options.hosts)
+
+
+def vendor_of(card: str) -> str:
+    """Who makes a card."""
+    return "amd" if card.startswith("MI") else "nvidia"
 
 
 def play_host(options: argparse.Namespace, rank: int, world: int) -> None:
