@@ -22,6 +22,8 @@ from lens.store.schema import MIGRATIONS, TARGETS
 from . import helpers
 from .helpers import START, sample, send, step_span
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 ALL_KINDS: list[dict[str, Any]] = [
     sample("train.loss", 2.5, 1, rank=0),
     sample("hw.power", 612.0, None, t_ns=START, rank=1, host="h", device="h/gpu0", labels={"scope": "card"}),
@@ -108,7 +110,6 @@ def die(folder: DataFolder) -> None:
     folder.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("target", [*TARGETS, None])
 def test_a_crash_between_any_two_inserts_loses_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | None
