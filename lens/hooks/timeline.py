@@ -142,6 +142,7 @@ class Timeline:
 
     def _open_step(self, number: int, began: int) -> None:
         self._close_phases(began)
+        self.spent = 0
         self.step = number
         self._next_number = number + 1
         self._gc_before = self.gc_ns
