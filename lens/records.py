@@ -93,7 +93,10 @@ def number(value: Any) -> float:
         return _NON_FINITE[value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"a {type(value).__name__} is not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a whole number too large for 64-bit floating point") from None
 
 
 def word(value: float) -> float | str:

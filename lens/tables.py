@@ -210,9 +210,10 @@ class TablesBuilder:
         """
         if not isinstance(record, Mapping):
             raise ValueError("a record is a JSON object")
-        adder = self._adders.get(record.get("type"))  # type: ignore[arg-type]
+        kind = record.get("type")
+        adder = self._adders.get(kind) if isinstance(kind, str) else None
         if adder is None:
-            raise ValueError(f"type: {record.get('type')!r} is none of {', '.join(self._adders)}")
+            raise ValueError(f"type: {str(kind)[:40]!r} is none of {', '.join(self._adders)}")
         adder(record)
 
     def build(self) -> Tables:

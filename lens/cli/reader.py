@@ -112,10 +112,14 @@ def open_reader(settings: Settings) -> RunReader:
             UNUSABLE,
         )
     try:
+        from lens.store.errors import StoreError
         from lens.store.query import Query
     except ImportError as error:
         raise missing_extra(error, "server") from error
-    reader: RunReader = Query.open_folder(settings.data)
+    try:
+        reader: RunReader = Query.open_folder(settings.data)
+    except StoreError as error:
+        raise CommandError(str(error), error.hint, UNREACHABLE) from error
     return reader
 
 

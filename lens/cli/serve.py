@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from lens import dashboard
         from lens.store import server
+        from lens.store.errors import StoreError
     except ImportError as error:
         raise missing_extra(error, "server") from error
 
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
                 public=arguments.public,
             )
         )
+    except StoreError as error:
+        raise CommandError(str(error), error.hint, UNREACHABLE) from error
     except OSError as error:
         raise CommandError(
             f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}",

@@ -77,6 +77,8 @@ def test_columns_do_not_depend_on_order_or_cut(records: list[Any], cut: int, ran
     [
         ([], "object"),
         ({}, "type"),
+        ({"type": []}, "type"),
+        ({"type": "sample", "t_ns": 1, "metric": "a", "value": 10**400}, "too large"),
         ({"type": "sample", "metric": "a", "value": 1}, "t_ns"),
         ({"type": "sample", "t_ns": 1, "metric": "1a", "value": 1}, "metric"),
         ({"type": "sample", "t_ns": 1, "metric": "a"}, "value"),
