@@ -21,21 +21,24 @@ def panel(
     metric: str | None = None,
     height: int = 220,
     wide: bool = False,
+    **more: str,
 ) -> Component:
     """A card in which `kind` (a key of the drawing table in `assets/panels.js`) is drawn.
 
     Args:
-        kind: what draws it: "band", "rate", "line", "heatmap", "ranks", "ledger".
+        kind: what draws it, such as "band" or "heatmap".
         title: what the picture shows, in the reader's words.
         explanation: one sentence that tells a stranger how to read it.
         identifier: unique on the page; names downloads.
         metric: the metric drawn; absent where the panel finds its own.
         height: of the drawing area in CSS pixels.
         wide: over the full width of the page.
+        more: what else the drawing code needs, as data attributes.
     """
     data: dict[str, Any] = {"data-panel": kind, "data-height": str(height), "data-title": title}
     if metric is not None:
         data["data-metric"] = metric
+    data |= {f"data-{name}": value for name, value in more.items()}
     return html.Section(
         [
             html.Header(

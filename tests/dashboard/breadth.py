@@ -51,3 +51,42 @@ def span(
     """A span between two times in ms of its step."""
     times = {"t0_ns": begin + start * MS, "t1_ns": begin + stop * MS}
     return {"type": "span", "kind": kind, "name": name, **where, **times, **({"attrs": attrs} if attrs else {})}
+
+
+def experts(first: int, last: int) -> Iterator[dict[str, Any]]:
+    """Tokens of four experts in two layers: the second sends most to expert 3 and drops some."""
+    loads = {0: [32.0, 32.0, 32.0, 32.0], 1: [16.0, 16.0, 16.0, 80.0]}
+    end = time.time_ns()
+    for step in range(first, last):
+        at = end - (last - step) * STEP_MS * 2 * MS
+        for layer, values in loads.items():
+            yield {
+                "type": "vector", "t_ns": at, "metric": "moe.expert.tokens", "values": values, "rank": 0,
+                "step": step, "layer": layer,
+            }  # fmt: skip
+            for name, amount in (("routed", 128.0), ("dropped", 32.0 * layer)):
+                yield {
+                    "type": "sample", "t_ns": at, "metric": f"moe.tokens.{name}", "value": amount * (step + 1),
+                    "rank": 0, "step": step, "labels": {"layer": str(layer)},
+                }  # fmt: skip
+
+
+def cards(steps: int) -> Iterator[dict[str, Any]]:
+    """What cards, hosts and processes report; card host1/gpu1 does not know its power."""
+    end = time.time_ns()
+    readings = {
+        "hw.gpu.utilization": 0.5, "hw.power": 300.0, "gpu.clock.sm": 1500.0, "hw.gpu.memory.usage": LIMIT / 2,
+        "hw.gpu.memory.limit": LIMIT, "gpu.power.limit": 600.0,
+    }  # fmt: skip
+    for step in range(steps):
+        t_ns = end - (steps - step) * STEP_MS * 2 * MS + MS
+        for rank in range(4):
+            host = f"host{rank // 2}"
+            where = {"type": "sample", "t_ns": t_ns, "rank": rank, "host": host}
+            card = {**where, "device": f"{host}/gpu{rank % 2}", "labels": {"simulated": "true"}}
+            for metric, value in readings.items():
+                if not (rank == 3 and metric == "hw.power"):
+                    yield {**card, "metric": metric, "value": value + rank}
+            yield {**where, "metric": "process.memory.usage", "value": (100 + step) * 2.0**20}
+    why = {"backend": "amd", "metric": "hw.power", "reason": "unsupported"}
+    yield {**card, "metric": "lens.collector.supported", "value": 0.0, "labels": why}

@@ -21,7 +21,9 @@ from tests.dashboard.test_real_store import TOKEN, Sender
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("dashboard")]
 Open = Callable[..., Any]
 NUMBERS = count()
-SHOWN = "() => !document.querySelector('[data-page]:not([hidden]) .lens-panel[data-empty]')"
+SHOWN = """() => { const shown = [...document.querySelectorAll('[data-page]:not([hidden]) .lens-panel')];
+    const words = each => (each.hasAttribute('data-empty') ? each.querySelector('.lens-message').innerText : '');
+    return shown.some(each => !words(each)) && !shown.some(each => words(each) === 'Loading…'); }"""
 
 
 class Real:
@@ -59,6 +61,7 @@ def run(real: Real) -> str:
     """A run that has reported 20 steps, and everything else."""
     name = real.begin()
     real.send(name, breadth.steps(0, 20))
+    real.send(name, [*breadth.experts(0, 20), *breadth.cards(20)])
     return name
 
 
@@ -135,12 +138,54 @@ def test_communication_follows_the_visible_steps(real: Real, open_page: Open, ru
     assert "mean of 20 steps (0–19)" in text(page, "#wait-map .lens-panel-legend")
 
 
-PAGES = ["steps", "communication"]
-KEYS = {"steps": "s", "communication": "c"}
+def test_experts_show_load_imbalance_and_drops(real: Real, open_page: Open, run: str) -> None:
+    page = real.page(open_page, f"/run/{run}/experts")
+    drawn(page, "expert-map", 19)
+    drawn(page, "expert-drops", 19)
+    tiles = text(page, "#experts-numbers")
+    assert "layer 1, expert 3 80.0 tokens a step, 2.50 × the even share" in tiles
+    assert "Tokens dropped 13 %" in tiles
+    page.wait_for_selector("#expert-imbalance .lens-panel-legend :text('2.50')")
+    assert "layer 0 1.00 layer 1 2.50" in text(page, "#expert-imbalance .lens-panel-legend")
+    assert "layer 0 1.00" in text(page, "#expert-evenness .lens-panel-legend")
+    assert "layer 0 0 % layer 1 25.0 %" in text(page, "#expert-drops .lens-panel-legend")
+    assert "layer 1 3 80" in tabled(page, "expert-map")
+
+
+def test_hardware_shows_cards_of_both_vendors_and_why_a_value_is_missing(
+    real: Real, open_page: Open, run: str
+) -> None:
+    page = real.page(open_page, f"/run/{run}/hardware")
+    page.wait_for_selector("#hardware-grid [data-device='host1/gpu1']")
+    assert "2 hosts, 4 cards: nvidia H200, amd MI455X" in text(page, "#hardware-grid .lens-panel-legend")
+    first = text(page, "#hardware-grid [data-device='host0/gpu0']")
+    assert "rank 0 simulated nvidia · H200 Busy 50 %" in first
+    assert "300 W of 600 W" in first
+    last = text(page, "#hardware-grid [data-device='host1/gpu1']")
+    assert "Power n/a: unsupported by this card" in last
+    assert "Temperature n/a: not reported" in last
+    assert "host1/gpu1 simulated hw.power n/a: unsupported by this card" in tabled(page, "hardware-grid")
+
+
+def test_memory_shows_the_limit_and_the_room_below_it(real: Real, open_page: Open, run: str) -> None:
+    page = real.page(open_page, f"/run/{run}/memory")
+    drawn(page, "device-memory", 18)
+    drawn(page, "process-memory", 18)
+    legend = text(page, "#device-memory .lens-panel-legend")
+    assert "limit 8.00 GiB" in legend
+    assert "peak 4.00 GiB on rank 3; 4.00 GiB below the limit" in legend
+    assert "limit n/a: not reported" in text(page, "#process-memory .lens-panel-legend")
+    assert "n/a: torch has no allocator statistics here" in text(page, "#torch-memory .lens-message")
+
+
+PAGES = ["steps", "communication", "experts", "hardware", "memory"]
+KEYS = {"steps": "s", "communication": "c", "experts": "e", "hardware": "h", "memory": "m"}
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_names_what_is_missing(real: Real, open_page: Open, name: str) -> None:
+    if name == "hardware":
+        pytest.skip("the run object itself names the cards")
     page = real.page(open_page, f"/run/{real.begin()}/{name}")
     page.wait_for_function(
         """name => { const says = [...document.querySelectorAll(`#page-${name} .lens-panel .lens-message`)];
@@ -174,7 +219,7 @@ def test_a_page_changes_its_colours_and_loads_no_plotly(real: Real, open_page: O
     assert not [url for url in page.watched.requests if "plotly" in url]
 
 
-@pytest.mark.parametrize("panel", ["steps/step-lanes", "communication/wait-map"])
+@pytest.mark.parametrize("panel", ["steps/step-lanes", "communication/wait-map", "memory/device-memory"])
 def test_a_picture_can_be_saved(real: Real, open_page: Open, run: str, panel: str) -> None:
     path, _, identifier = panel.partition("/")
     page = real.page(open_page, f"/run/{run}/{path}")

@@ -6,6 +6,9 @@ import { integer, plain, scaleFor } from "./format.js";
 
 /** Values above this many times the usual are drawn as a mark at the upper edge, so that one spike hides nothing. */
 const OFF_SCALE = 3;
+/** Distances between ticks: bytes are counted in powers of two. */
+const BINARY = Array.from({ length: 60 }, (_, power) => 2 ** power);
+const DECIMAL = Array.from({ length: 30 }, (_, power) => [1, 2, 2.5, 5].map((factor) => Number(`${factor}e${power - 14}`))).flat();
 const sync = () => uPlot.sync("lens");
 
 export class Chart {
@@ -44,7 +47,7 @@ export class Chart {
         },
         axes: [
           { ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? integer(tick) : "")) },
-          { ...axis, size: this.options.left ?? 62, values: (_, ticks) => this.tickNames(ticks) },
+          { ...axis, size: this.options.left ?? 62, incrs: () => (this.unit === "By" ? BINARY : DECIMAL), values: (_, ticks) => this.tickNames(ticks) },
         ],
         series: [{}, ...this.options.series()],
         bands: this.options.bands?.() ?? [],

@@ -104,14 +104,15 @@ export class ChartPanel extends Panel {
     if (!x.length || this.say(this.silence())) return;
     const index = this.cursor !== null && this.cursor < x.length ? this.cursor : this.latestIndex(values[0]);
     const width = this.columnWidth();
-    const step = x[index] === undefined ? "" : width > 1 ? `steps ${integer(x[index])}–${integer(x[index] + width - 1)}` : `step ${integer(x[index])}`;
+    const step = x[index] === undefined ? "" : width > 1 ? `steps ${integer(x[index])}–${integer(Math.min(x[index] + width - 1, Math.max(x[index], this.session.lastStep ?? Infinity)))}` : `step ${integer(x[index])}`;
     const entries = this.style().filter((each) => each.label);
-    const signature = JSON.stringify([step, entries.map((each) => [each.label, values[each.line]?.[index], each.color]), this.note()]);
+    const signature = JSON.stringify([step, entries.map((each) => [each.label, values[each.line]?.[index], each.color]), this.note(), this.remark()]);
     replace(this.legend, signature, () => [
       ...entries.map(({ label, color, ink, dash, line }) =>
         element("span", { class: "lens-key" }, swatchOf(ink ?? color, dash), `${label} `, element("b", {}, quantity(values[line]?.[index], this.unit()))),
       ),
       element("span", { class: "lens-key lens-quiet" }, this.cursor === null ? `latest, ${step}` : step),
+      ...(this.remark() ? [element("span", { class: "lens-key lens-quiet" }, this.remark())] : []),
       ...(this.note() ? [element("span", { class: "lens-key lens-note" }, this.note())] : []),
     ]);
   }
@@ -121,6 +122,11 @@ export class ChartPanel extends Panel {
     if (newest >= 0 && Number.isFinite(line?.[newest])) return newest;
     for (let index = (line?.length ?? 0) - 1; index >= 0; index -= 1) if (line[index] !== null && line[index] !== undefined) return index;
     return 0;
+  }
+
+  /** What else a reader may want to know. */
+  remark() {
+    return "";
   }
 
   /** What the picture cannot show, in words. */

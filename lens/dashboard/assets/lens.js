@@ -1,7 +1,10 @@
 // Shows the page that the address names, keeps the address true to what is shown, and draws at most once a frame.
 
 import { Communication } from "./communication.js";
+import { Experts } from "./experts.js";
 import { format, parse } from "./address.js";
+import { Hardware } from "./hardware.js";
+import { Memory } from "./memory.js";
 import { PANELS, slowestRank } from "./panels.js";
 import { Overview } from "./overview.js";
 import { Ranks } from "./ranks.js";
@@ -13,7 +16,7 @@ import { element, replace } from "./dom.js";
 import { help, listen } from "./keyboard.js";
 import { scheme } from "./palette.js";
 
-const PAGES = { runs: Runs, overview: Overview, ranks: Ranks, steps: Steps, communication: Communication };
+const PAGES = { runs: Runs, overview: Overview, ranks: Ranks, steps: Steps, communication: Communication, experts: Experts, hardware: Hardware, memory: Memory };
 const SCHEME_KEY = "mantine-color-scheme-value";
 const TICK_MS = 500;
 const SLOWEST_MS = 3000;

@@ -2,9 +2,12 @@
 
 import { ChartPanel } from "./chart_panel.js";
 import { GroupsPanel, PairsPanel } from "./communication.js";
+import { ExpertDropsPanel, ExpertMapPanel, ExpertShapePanel } from "./experts.js";
+import { HardwarePanel } from "./hardware.js";
 import { HeatmapPanel } from "./heatmap.js";
 import { LanesPanel } from "./lanes.js";
 import { LedgerPanel } from "./ledger.js";
+import { EnvelopePanel } from "./memory.js";
 import { StackPanel } from "./stack.js";
 import { DASHES, lines, transparent } from "./palette.js";
 import { integer, rankName } from "./format.js";
@@ -189,4 +192,20 @@ export function slowestRank(matrix) {
 }
 
 /** What draws each kind of panel that lens.dashboard.components.panel names. */
-export const PANELS = { band: BandPanel, rate: RatePanel, line: LinePanel, ranks: RanksPanel, heatmap: HeatmapPanel, ledger: LedgerPanel, stack: StackPanel, lanes: LanesPanel, pairs: PairsPanel, groups: GroupsPanel };
+export const PANELS = {
+  band: BandPanel,
+  rate: RatePanel,
+  line: LinePanel,
+  ranks: RanksPanel,
+  heatmap: HeatmapPanel,
+  ledger: LedgerPanel,
+  stack: StackPanel,
+  lanes: LanesPanel,
+  pairs: PairsPanel,
+  groups: GroupsPanel,
+  "expert-map": ExpertMapPanel,
+  "expert-shape": ExpertShapePanel,
+  "expert-drops": ExpertDropsPanel,
+  hardware: HardwarePanel,
+  envelope: EnvelopePanel,
+};
