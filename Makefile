@@ -7,7 +7,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 WORKERS ?= 2
 
-.PHONY: demo test check format chromium clean help
+.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,15 @@ check: $(DEV) ## style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+prove-run: $(DEV) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
+	@$(BIN)/python -m pytest -m long $(ARGS)
+
+prove-verdicts: $(DEV) ## 46 real runs with real faults: is the right cause named? (20 minutes)
+	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)
+
+prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (4 minutes)
+	@$(BIN)/python benchmarks/crash_delivery.py --out docs/proofs/delivery.md $(ARGS)
 
 format: $(DEV) ## rewrite the code in the house's style
 	@$(BIN)/ruff check --fix .

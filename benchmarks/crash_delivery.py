@@ -158,6 +158,13 @@ def prove(target: str, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    equal = "equal" if row["checksum_equal"] else "DIFFERS"
+    cells = [row["target"], row["kills"], row["written"], row["stored"], row["lost"], row["doubled"], equal]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def main() -> int:
     """Run the proofs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,15 +172,20 @@ def main() -> int:
     parser.add_argument("--target", choices=("server", "agent", "both"), action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the table there too")
     arguments = parser.parse_args()
     rows = [
         prove(target, arguments.kills, arguments.seed) for target in arguments.target or ("server", "agent", "both")
     ]
-    print("| killed | kills | written | stored | lost | doubled | checksum |\n|---|---|---|---|---|---|---|")
-    for row in rows:
-        equal = "equal" if row["checksum_equal"] else "DIFFERS"
-        cells = [row["target"], row["kills"], row["written"], row["stored"], row["lost"], row["doubled"], equal]
-        print(f"| {' | '.join(map(str, cells))} |")
+    table = "\n".join(
+        ["| killed | kills | written | stored | lost | doubled | checksum |", "|---" * 7 + "|", *map(line, rows)]
+    )
+    print(table)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        command = f"`python benchmarks/crash_delivery.py --kills {arguments.kills}`"
+        head = f"# Delivery through kill -9\n\n{command}, {time.strftime('%Y-%m-%d')}, 2 cores."
+        arguments.out.write_text(f"{head}\n\n{table}\n")
     if arguments.json:
         print(json.dumps({"rows": rows}))
     return 0 if all(not row["lost"] and not row["doubled"] and row["checksum_equal"] for row in rows) else 1

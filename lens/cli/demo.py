@@ -188,8 +188,9 @@ def run(arguments: argparse.Namespace) -> int:
     data = settings.data.resolve()
     rings = private_directory(default_rings()) / f"demo-{os.getpid()}"
     demo = _Demo(Settings.load(data=data), new_run_id(), rings, arguments.port, arguments.json)
-    # A kill that asks politely ends everything too, like Ctrl-C.
+    # A kill that asks politely ends everything too, like Ctrl-C, which a shell's background job would ignore.
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         return _run(demo, arguments)
     except KeyboardInterrupt:

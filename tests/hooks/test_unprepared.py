@@ -58,6 +58,7 @@ def count(names: list[dict[str, Any]]) -> dict[str, int]:
     return dict(collections.Counter(record["name"] for record in names))
 
 
+@pytest.mark.long
 def test_the_sample_run_gives_the_same_as_with_the_embedded_hook(tmp_path: Path) -> None:
     common = ["sample_runs.moe", "--world", "2", "--steps", "12", "--eval-every", "5", "--checkpoint-every", "0"]
     embedded, found = tmp_path / "embedded" / "rings", tmp_path / "found" / "rings"
@@ -90,6 +91,7 @@ def test_a_ddp_loop_with_gradient_accumulation(rings: Path) -> None:
         assert count(recorded.collectives) == {"all_reduce": 6}
 
 
+@pytest.mark.long
 def test_an_fsdp_loop_with_checkpointed_experts(rings: Path) -> None:
     for recorded in same_with_and_without([*TORCHRUN, written(rings, programs.FSDP_LOOP)], rings):
         assert [step["step"] for step in recorded.steps] == list(range(5))
@@ -108,6 +110,7 @@ needs_transformers = pytest.mark.skipif(
 
 
 @needs_transformers
+@pytest.mark.long
 def test_the_trainer_of_transformers_on_a_mixture_of_experts(rings: Path) -> None:
     (recorded,) = same_with_and_without([written(rings, programs.TRAINER)], rings)
     assert [step["step"] for step in recorded.steps] == list(range(6))
@@ -121,6 +124,7 @@ def test_the_trainer_of_transformers_on_a_mixture_of_experts(rings: Path) -> Non
 
 
 @needs_transformers
+@pytest.mark.long
 def test_accelerate_launch(rings: Path) -> None:
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     done = under_lens([*launch, written(rings, programs.PLAIN_LOOP)], rings)
@@ -129,6 +133,7 @@ def test_accelerate_launch(rings: Path) -> None:
     assert len(recorded.steps) == 3
 
 
+@pytest.mark.long
 def test_processes_that_a_script_spawns(rings: Path) -> None:
     done = under_lens([written(rings, programs.SPAWNED)], rings)
     assert done.returncode == 0, done.stderr
@@ -140,12 +145,14 @@ def test_processes_that_a_script_spawns(rings: Path) -> None:
         assert count(recorded.collectives) == {"all_reduce": 6}
 
 
+@pytest.mark.long
 def test_compiled_models_stay_whole(rings: Path) -> None:
     (recorded,) = same_with_and_without([written(rings, programs.COMPILED)], rings)
     assert len(recorded.steps) == 6
     assert count(recorded.phases)["forward"] >= 3
 
 
+@pytest.mark.long
 def test_a_script_that_watches_itself_is_recorded_once_and_as_it_says(rings: Path) -> None:
     script = programs.PLAIN_LOOP.replace(
         "for step", "import lens\nlens.watch(model, optimizer, run='own')\nfor step"
@@ -158,6 +165,7 @@ def test_a_script_that_watches_itself_is_recorded_once_and_as_it_says(rings: Pat
     assert count(recorded.phases) == dict.fromkeys(PHASES, 3)
 
 
+@pytest.mark.long
 def test_counts_handed_over_replace_those_found(rings: Path) -> None:
     script = """
     import lens, torch
@@ -190,6 +198,7 @@ ENDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps a traceback that is raised again")
 @pytest.mark.parametrize("end", ENDS.values(), ids=list(ENDS))
 def test_every_end_is_the_same(end: str, rings: Path) -> None:
