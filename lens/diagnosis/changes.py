@@ -3,7 +3,8 @@
 Each rank's series is compared with its baseline and with what its peers did in the same step, so that what all
 share (longer sequences, a busy machine) is no change. The CUSUM finds a candidate; it becomes a change only when
 the mean effect since its onset exceeds both the smallest effect worth naming and the noise that means of that
-length show in this very run. Everything at step t depends on steps ≤ t only: the same answer comes from the records up to t.
+length show in this very run (half of it: what other signals confirm needs less). Everything at step t depends on
+steps ≤ t only: the same answer comes from the records up to t.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from lens.diagnosis import policy
 from lens.diagnosis.arrays import Array, Floats, median, median_of_others, spread
 
+VERIFIED_LENGTHS = (5, 8, 12, 16, 24, 32, 48, 64)
+"""A candidate is verified by the mean effect of its last steps, over each of these lengths that it has."""
 SPLIT_MARGIN = 8
 """Steps before a candidate's onset that the split is fitted on too."""
 
@@ -100,6 +103,7 @@ class _Tracker:
         self.values, self.usual, self.peers, self.proportional = values, usual, peers, proportional
         steps, ranks = values.shape
         self.excluded = np.zeros((steps, ranks), bool)
+        self.certain = np.zeros((steps, ranks), bool)
         self.level = np.zeros(ranks)
         self.since = np.full(ranks, policy.WARM_UP_STEPS)
         self.base = np.full(ranks, np.nan)
@@ -125,10 +129,12 @@ class _Tracker:
         share = excess(self.values[begin:high], self.base, self.peers, self.proportional) / unit
         own = (self.values[begin:high] - self.base) / unit
         past = np.where(clean, share[: low - begin], np.nan)
+        # What may yet turn out to be noise is left in when noise is measured.
+        noisy = np.where(self.certain[begin:low], np.nan, share[: low - begin])
         sigma = spread(past)
         pooled = np.nanmedian(sigma) if np.isfinite(sigma).any() else np.nan
         sigma = np.fmax(np.fmax(sigma, 0.7 * pooled), policy.SMALLEST_SIGMA)
-        window = _Window(begin, low, high, share, own, sigma, NoiseFloor.of(past, float(np.nanmean(sigma))))
+        window = _Window(begin, low, high, share, own, sigma, NoiseFloor.of(noisy, past, sigma))
         self._candidates(window)
         self._follow(window)
 
@@ -146,27 +152,41 @@ class _Tracker:
         at = np.arange(low, high)[:, None]
         # Onset: the step after the walk last stood at its minimum.
         since = np.maximum.accumulate(np.where(walk <= lowest, at + 1, self.since), axis=0)
-        length = at + 1 - since
-        effect = window.mean(window.share, since, at)
-        # The baseline is a mean over a number of steps too, and strays as such means do.
-        stray = np.hypot(window.noise.of_length(length), window.noise.of_length(np.array(float(low - begin))))
-        noise = stray * self._odds(low)
-        limit = np.maximum(policy.SMALLEST_EFFECT, noise)
-        alarm = (level > policy.CUSUM_ALARM) & (length >= policy.SHORTEST_CHANGE_STEPS) & (effect >= limit)
-        alarm &= window.mean(window.own, since, at) >= 0.5 * effect
+        alarm = level > policy.CUSUM_ALARM
         for row in np.flatnonzero(alarm.any(axis=0)).tolist():
-            if row in self.open:
-                continue
-            for place in np.flatnonzero(alarm[:, row]).tolist():
-                now = low + place
-                onset = window.split(row, int(since[place, row]), now)
-                if now + 1 - onset < policy.SHORTEST_CHANGE_STEPS:
-                    continue
-                if window.without_largest(row, onset, now) >= limit[place, row]:
-                    effect_now = window.mean_of(row, onset, now)
-                    self.open[row] = Change(row, onset, now, effect_now, float(noise[place, row]))
-                    break
+            if row not in self.open:
+                self._verify(window, row, low + np.flatnonzero(alarm[:, row]), since[:, row])
         self.level, self.since = level[-1], since[-1]
+
+    def _verify(self, window: _Window, row: int, places: Array, since: Array) -> None:
+        """Raise a candidate at the first step at which its effect exceeds what noise explains."""
+        # A short past has not shown all of its noise yet, least of all noise correlated over many steps.
+        factor = self._odds(window.low) * (1 + policy.SHORT_PAST_STEPS / (window.low - window.begin))
+        for length in VERIFIED_LENGTHS:
+            if not len(places):
+                return
+            # The baseline is a mean over a number of steps too, and strays as such means do.
+            noise = factor * window.noise.of_difference(length, window.low - window.begin, row)
+            limit = max(policy.SMALLEST_EFFECT, policy.CONFIRMED_BAR * noise)
+            for now in places[places + 1 - since[places - window.low] >= length].tolist():
+                if window.mean_of(row, now + 1 - length, now) < limit:
+                    continue
+                onset = window.split(row, max(int(since[now - window.low]), now + 1 - 2 * length), now)
+                effect = window.mean_of(row, onset, now)
+                if (
+                    now + 1 - onset >= policy.SHORTEST_CHANGE_STEPS
+                    and min(effect, window.without_largest(row, onset, now)) >= limit
+                    and window.own_mean_of(row, onset, now) >= 0.5 * effect
+                ):
+                    self._raise(Change(row, onset, now, effect, noise))
+                    places = places[places < now]
+                    break
+
+    def _raise(self, change: Change) -> None:
+        """Keep the earliest of a rank's verified candidates."""
+        held = self.open.get(change.row)
+        if held is None or change.raised < held.raised:
+            self.open[change.row] = change
 
     def _follow(self, window: _Window) -> None:
         """Close the changes that calmed down; exclude the steps of the others from every later baseline."""
@@ -176,14 +196,19 @@ class _Tracker:
                 if recent < policy.CALM_SHARE * change.effect:
                     last = window.last_above(row, change.onset, now, 0.5 * change.effect)
                     self.closed.append(replace(change, settled=now, last=max(last, change.onset)))
-                    self.excluded[change.onset : last + 1, row] = True
+                    self._exclude(change, last)
                     del self.open[row]
                     self.level[row], self.since[row] = 0.0, window.high
                     break
             else:
-                self.excluded[change.onset : window.high, row] = True
+                self._exclude(change, window.high - 1)
                 onset = max(change.onset, window.begin)
                 self.open[row] = replace(change, effect=window.mean_of(row, onset, window.high - 1))
+
+    def _exclude(self, change: Change, last: int) -> None:
+        self.excluded[change.onset : last + 1, change.row] = True
+        if change.effect >= change.noise:
+            self.certain[change.onset : last + 1, change.row] = True
 
     def _odds(self, low: int) -> float:
         """How many spreads of noise the largest of so many ranks and windows reaches by chance, and one more."""
@@ -201,18 +226,16 @@ class _Window:
         self.share, self.own, self.sigma, self.noise = share, own, sigma, noise
         self._sums: dict[int, tuple[Floats, Floats]] = {}
 
-    def mean(self, values: Floats, since: Array, until: Array) -> Floats:
-        """Means of values (clipped to one usual step) from step since to until, per rank [segment, ranks]."""
-        total, count = self._running(values)
-        ranks = np.arange(values.shape[1])
-        first, last = np.maximum(since - self.begin, 0), until - self.begin + 1
-        number = count[last, ranks] - count[first, ranks]
-        means: Floats = (total[last, ranks] - total[first, ranks]) / np.maximum(number, 1)
-        return means
-
     def mean_of(self, row: int, since: int, until: int) -> float:
-        """The same for one rank."""
-        total, count = self._running(self.share)
+        """Mean effect (clipped to one usual step) of a rank from step since to until."""
+        return self._mean(self.share, row, since, until)
+
+    def own_mean_of(self, row: int, since: int, until: int) -> float:
+        """The same against the rank's own past alone."""
+        return self._mean(self.own, row, since, until)
+
+    def _mean(self, values: Floats, row: int, since: int, until: int) -> float:
+        total, count = self._running(values)
         first, last = max(since - self.begin, 0), until - self.begin + 1
         number = count[last, row] - count[first, row]
         return float((total[last, row] - total[first, row]) / number) if number else 0.0
@@ -262,30 +285,42 @@ class NoiseFloor:
     """How far means over a number of steps stray in this run without any change.
 
     Measured from moving means of the past, because noise that is correlated over steps does not average out as
-    independent noise would.
+    independent noise would. spreads: for lengths 1, 2, 4, … [lengths, ranks].
     """
 
-    lengths: Floats
     spreads: Floats
 
     @classmethod
-    def of(cls, past: Floats, sigma: float) -> NoiseFloor:
-        """Measure [steps, ranks] of effects that are known to be no change; sigma is the spread of single steps."""
-        steps = len(past)
-        lengths, spreads = [1.0], [sigma]
-        filled = np.clip(np.nan_to_num(past), -1, 1)
-        running = np.concatenate([np.zeros((1, past.shape[1])), np.cumsum(filled, axis=0)])
-        for length in policy.NOISE_WINDOWS:
-            if steps < 2 * length:
-                break
-            means = (running[length:] - running[:-length]) / length
-            lengths.append(float(length))
-            spreads.append(float(np.quantile(np.abs(means), 0.9)) / 1.645)
-        return cls(np.array(lengths), np.maximum(np.array(spreads), policy.SMALLEST_SIGMA / 2))
+    def of(cls, past: Floats, clean: Floats, sigma: Floats) -> NoiseFloor:
+        """Measure [steps, ranks] of effects.
 
-    def of_length(self, length: Array) -> Floats:
-        """Spread of means over so many steps; longer than measured, it falls by the fourth root only."""
-        known = np.interp(np.log(np.maximum(length, 1)), np.log(self.lengths), self.spreads)
-        beyond = np.maximum(length / self.lengths[-1], 1.0)
-        result: Floats = known * beyond**-0.25
-        return result
+        past: all that is not certainly a change; its median over ranks holds for every rank. clean: without what may
+        be one; a rank that is noisier than most has its own floor. sigma: spread of single steps [ranks].
+        """
+        spreads = [sigma]
+        for length in policy.NOISE_WINDOWS:
+            if len(past) < 2 * length:
+                break
+            common, own = _stray(past, length), _stray(clean, length)
+            spreads.append(np.maximum(np.median(common), own))
+        return cls(np.maximum(np.stack(spreads), policy.SMALLEST_SIGMA / 2))
+
+    def of_length(self, length: int, row: int) -> float:
+        """Spread of a rank's means over so many steps; longer than measured, it falls by the fourth root only."""
+        place = float(np.log2(max(length, 1)))
+        longest = len(self.spreads) - 1
+        known = float(np.interp(min(place, longest), np.arange(longest + 1), self.spreads[:, row]))
+        return known * 2 ** (-0.25 * max(0.0, place - longest))
+
+    def of_difference(self, length: int, other: int, row: int) -> float:
+        """Spread of the difference of two such means."""
+        return float(np.hypot(self.of_length(length, row), self.of_length(other, row)))
+
+
+def _stray(values: Floats, length: int) -> Floats:
+    """How far the moving means of each rank lie from 0, as a standard deviation [ranks]."""
+    filled = np.clip(np.nan_to_num(values), -1, 1)
+    running = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(filled, axis=0)])
+    means = np.abs(running[length:] - running[:-length]) / length
+    result: Floats = np.quantile(means, 0.9, axis=0) / 1.645
+    return result

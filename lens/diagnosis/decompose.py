@@ -148,7 +148,7 @@ class Frame:
         pieces = Pieces.of(collectives)
         blocked = Blocked(collectives.row, pieces)
         there = (start != NULL) & (end != NULL)
-        at_step, at_rank = np.nonzero(there)
+        at_rank = np.nonzero(there)[1]
         duration = np.full(shape, np.nan)
         duration[there] = (end[there] - start[there]) * SECONDS
         blocked_step = np.full(shape, np.nan)

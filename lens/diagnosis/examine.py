@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lens.diagnosis import changes, measures, peers, policy, replay, signatures
-from lens.diagnosis.arrays import Floats, Ints, median
+from lens.diagnosis.arrays import Floats, Ints, finite_mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.measures import Measure, Scene
@@ -145,7 +145,12 @@ class Examiner:
                 if f == feature and abs(c.onset - change.onset) <= SAME_ONSET_STEPS
                 and (c.last is None) == (change.last is None)
             ]  # fmt: skip
-            whole = self._whole_set(change.row, {c.row for _, c in together})
+            effects = {c.row: self._mean_share(feature, c, index) for _, c in together}
+            alike = {
+                c.row for _, c in together
+                if 0.5 <= effects[c.row] / effects[change.row] <= 2 and effects[c.row] >= _noise_by_now(c, index)
+            }  # fmt: skip
+            whole = self._whole_set(change, alike, index)
             group = [(f, c) for f, c in together if c.row in whole]
             left = [item for item in left if item not in group]
             lasts = [c.last for _, c in group]
@@ -155,10 +160,21 @@ class Examiner:
             findings.append(Finding(feature, rows, min(c.onset for _, c in group), last, index, noise))
         return findings
 
-    def _whole_set(self, row: int, changed: set[int]) -> set[int]:
+    def _whole_set(self, change: Change, changed: set[int], index: int) -> set[int]:
         """The largest set that shares a reason with this rank and changed as a whole, else the rank alone."""
-        wholes = [s for s in self.topology.shared_fates() if row in s and s <= changed]
-        return max(wholes, key=lambda s: (len(s), -min(s)), default={row})
+        wholes = [
+            places for kind, places in self.topology.shared_fates()
+            if change.row in places and places <= changed and (kind != "expert" or self._loaded(places, change.onset, index))
+        ]  # fmt: skip
+        return max(wholes, key=lambda places: (len(places), -min(places)), default={change.row})
+
+    def _loaded(self, places: set[int], onset: int, index: int) -> bool:
+        """Whether the experts of these ranks get more tokens since a step."""
+        if self.load is None:
+            return False
+        tokens = self.load.tokens[:, sorted(places)]
+        before, after = finite_mean(tokens[:onset]), finite_mean(tokens[onset : index + 1])
+        return before is not None and after is not None and after > 1.1 * before
 
     def _mean_share(self, feature: str, change: Change, index: int) -> float:
         before = self._before(feature, change.row, change.onset)
@@ -231,6 +247,8 @@ class Examiner:
         )  # fmt: skip
         taken = measures.take(scene)
         explained = signatures.weigh(finding.feature, taken)
+        if share < self._bar(explained[0], taken) * finding.noise:
+            return None
         if not self._worth_naming(finding, explained[0], share, len(after)):
             return None
         noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
@@ -261,15 +279,21 @@ class Examiner:
         extra[:, rows] = values * part
         return extra
 
+    @staticmethod
+    def _bar(best: Explained, taken: Mapping[str, Measure]) -> float:
+        """How much of what noise could reach the excess must exceed, given what else speaks for it."""
+        if best.signature is not None and _confirmed(best):
+            return best.signature.bar
+        clock = taken["clock"]
+        pending = best.cause == "slow_device" and clock.baseline is not None and clock.observed is None
+        return policy.PENDING_BAR if pending else policy.UNCONFIRMED_BAR
+
     def _worth_naming(self, finding: Finding, best: Explained, share: float, length: int) -> bool:
-        """Whether a finding is sure enough for how well it is explained, and worth a word if it is over."""
-        confirmed = _confirmed(best)
-        if not confirmed and share < policy.UNCONFIRMED_NOISE * finding.noise:
-            return False
+        """Whether a finding that is over cost enough to be mentioned still."""
         if finding.last is None:
             return True
         cost = share * length / (finding.upto + 1)
-        needed = policy.WORTH_KEEPING if confirmed else policy.UNCONFIRMED_COST
+        needed = policy.WORTH_KEEPING if _confirmed(best) else policy.UNCONFIRMED_COST
         return length >= policy.SHORTEST_ENDED_STEPS and cost >= needed
 
     def _cost_ratio(self, finding: Finding, after: Ints, extra: Floats) -> float | None:
@@ -323,7 +347,7 @@ def _gaps(frame: Frame) -> Floats:
 def _noise_by_now(change: Change, index: int) -> float:
     """What noise could have reached over the change's length up to now; correlated noise averages out slowly."""
     length = (index if change.last is None else change.last) - change.onset + 1
-    return change.noise * (max(1.0, length / (change.raised - change.onset + 1))) ** -0.25
+    return float(change.noise * max(1.0, length / (change.raised - change.onset + 1)) ** -0.25)
 
 
 def _overlap(a: Change, b: Change, index: int) -> bool:

@@ -15,10 +15,13 @@ SMALLEST_EFFECT = 0.05
 """A cause that costs less of the step need not be named."""
 WORTH_KEEPING = 0.03
 """A change that is over stays in the reply while it cost at least this share of all time so far."""
-UNCONFIRMED_NOISE = 2.0
-"""A slow rank that no other signal confirms must exceed what noise could reach by this factor …"""
+CONFIRMED_BAR = 0.45
+UNCONFIRMED_BAR = 1.8
+PENDING_BAR = 2.5
+"""Shares of what noise could reach that an excess must exceed: low where another signal (a clock that fell, a throttle
+bit) says the same, high where the self time stands alone, higher still while the card's next sample is to come."""
 UNCONFIRMED_COST = 0.05
-"""… and cost this share of all time so far, when it is over."""
+"""An excess that stands alone and is over must have cost this share of all time so far."""
 
 SHORTEST_CHANGE_STEPS = 5
 """A shorter burst is noise until it is longer."""
@@ -34,9 +37,12 @@ CUSUM_ALARM = 12.0
 alarm in about 1e5 steps of independent noise, and the verification stands behind it for noise that is not."""
 SMALLEST_SIGMA = 0.01
 """Steps are not known to better than 1 %: a quieter baseline is luck."""
-NOISE_WINDOWS = (4, 8, 16, 32, 64)
+NOISE_WINDOWS = (2, 4, 8, 16, 32, 64)
 """Lengths of moving means whose spread is the run's own noise floor; noise on shared machines is correlated over
 tens of steps, so the spread of single steps says little about the spread of means."""
+
+SHORT_PAST_STEPS = 16
+"""Noise measured over n steps is taken to be 1 + 16/n times what was seen."""
 
 STANDING_STEPS = 38
 STANDING_STEPS_CONFIRMED = 18

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lens.diagnosis import policy
 from lens.diagnosis.measures import Measure
 
 RISES, FALLS, STILL, NO_MORE = 1, -1, 0, 2
@@ -48,7 +49,11 @@ class Expect:
 
 @dataclass(frozen=True)
 class Signature:
-    """A cause of a rank's excess. features: the parts of the step in which the excess may lie."""
+    """A cause of a rank's excess.
+
+    features: the parts of the step in which the excess may lie. bar: share of what noise could reach that the excess
+    must exceed once confirmed; higher where the confirming signal is itself part of the noise.
+    """
 
     cause: str
     features: tuple[str, ...]
@@ -56,6 +61,7 @@ class Signature:
     expects: tuple[Expect, ...]
     advice: str
     severity: str = "warning"
+    bar: float = policy.CONFIRMED_BAR
 
 
 def _rises(measure: str, weight: float = 2.0, miss: float = 2.0, unknown: float = 0.0) -> Expect:
@@ -80,7 +86,8 @@ SIGNATURES: tuple[Signature, ...] = (
         (
             _falls("clock", 3.0, 4.0, 0.3), _no_more("thermal_bit", 4.0), _no_more("power_cap_bit", 3.0),
             _no_more("power_brake_bit", 4.0), _no_more("tokens"), _no_more("expert_tokens"), _no_more("seq_sq"),
-            _no_more("run_delay"), _no_more("throttled"), _no_more("gc", 4.0), _no_more("recompiles"), _no_more("data", 0.5),
+            _no_more("run_delay", 1.5), _no_more("throttled"), _no_more("gc", 4.0), _no_more("recompiles"),
+            _no_more("data", 0.5),
         ),
         "Take {component} out of the job and test it (clock locks, power limit, memory errors), or move rank {ranks} "
         "to a spare card.",
@@ -110,18 +117,20 @@ SIGNATURES: tuple[Signature, ...] = (
         "hot_expert", ("compute",), -0.5,
         (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _no_more("run_delay", 1.0), _no_more("throttled", 1.0)),
         "Balance the router (auxiliary loss, capacity factor) or spread the experts of rank {ranks} over more cards.",
+        bar=1.2,
     ),
     Signature(
         "cpu_contention", ("compute", "data", "host"), -0.5,
         (
-            _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 1.5), _no_more("gc", 2.0),
+            _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 4.0), _no_more("gc", 2.0),
             _no_more("tokens", 1.0),
         ),
         "Find what else runs on the cores of rank {ranks} and pin the trainer and its loaders away from it.",
+        bar=policy.UNCONFIRMED_BAR,
     ),
     Signature(
         "cpu_quota", ("compute", "data", "host"), -0.5,
-        (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 1.0)),
+        (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 2.0)),
         "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
     ),
     Signature(

@@ -91,8 +91,8 @@ class Topology:
         names = {name: number for number, name in enumerate(sorted({h for h in self.host if h}))}
         return np.array([names[h] if h else len(names) + i for i, h in enumerate(self.host)], np.int64)
 
-    def shared_fates(self) -> list[set[int]]:
-        """Sets of places in `ranks` that one cause can hit together: hosts, stages, owners of the same experts."""
+    def shared_fates(self) -> list[tuple[str, set[int]]]:
+        """Sets of places in `ranks` that one cause can hit together: a host, a stage, the owners of an expert."""
         sets: dict[tuple[str, Any], set[int]] = {}
         for place in range(len(self.ranks)):
             if self.host[place] is not None:
@@ -103,7 +103,7 @@ class Topology:
             if name.split("/")[0] == "ep":
                 for position, place in enumerate(self.row(np.array(members, np.int64)).tolist()):
                     sets.setdefault(("expert", (self.stage[place], position)), set()).add(place)
-        return [s for s in sets.values() if 1 < len(s) < len(self.ranks)]
+        return [(name[0], places) for name, places in sets.items() if 1 < len(places) < len(self.ranks)]
 
     def ranks_of_host(self, host: str) -> list[int]:
         """Global ranks on a host, ascending."""
