@@ -148,7 +148,8 @@ class Examiner:
             effects = {c.row: self._mean_share(feature, c, index) for _, c in together}
             alike = {
                 c.row for _, c in together
-                if 0.5 <= effects[c.row] / effects[change.row] <= 2 and effects[c.row] >= _noise_by_now(c, index)
+                if 0.5 * effects[change.row] <= effects[c.row] <= 2 * effects[change.row]
+                and effects[c.row] >= _noise_by_now(c, index)
             }  # fmt: skip
             whole = self._whole_set(change, alike, index)
             group = [(f, c) for f, c in together if c.row in whole]
