@@ -94,8 +94,10 @@ class Ranks:
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the process groups, together."""
+        """Leave the process groups, together; no collective can follow."""
         dist.barrier()
+        # A group that somebody still holds outlives this, and its threads meet the interpreter's end: that aborts.
+        del self.ep_group, self.dp_group
         dist.destroy_process_group()
 
 
