@@ -192,7 +192,8 @@ class _Tracker:
         """Close the changes that calmed down; exclude the steps of the others from every later baseline."""
         for row, change in list(self.open.items()):
             for now in range(max(window.low, change.raised + policy.CALM_STEPS), window.high):
-                recent = window.mean_of(row, now - policy.CALM_STEPS + 1, now)
+                calm = int(np.clip((now - change.onset) // 2, policy.CALM_STEPS, policy.CALM_STEPS_MOST))
+                recent = window.mean_of(row, now - calm + 1, now)
                 if recent < policy.CALM_SHARE * change.effect:
                     last = window.last_above(row, change.onset, now, 0.5 * change.effect)
                     self.closed.append(replace(change, settled=now, last=max(last, change.onset)))

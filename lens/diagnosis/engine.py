@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lens.diagnosis import exits, hangs, numerics, policy, report
@@ -15,6 +15,8 @@ from lens.tables import Tables
 
 Key = tuple[str, tuple[int, ...]]
 
+END_CAUSES = {"rank_dead", "out_of_memory", "dataloader_worker_death"}
+FATAL_CAUSES = END_CAUSES | {"nan_origin", "rank_stuck", "collective_mismatch", "process_stopped"}
 WANTED_METRICS = (
     "gpu.clock.sm", "gpu.throttle.reasons", "hw.temperature", "hw.power", "process.cpu.run_delay",
     "process.cpu.time", "train.loss.local", "train.grad_norm.local",
@@ -29,7 +31,6 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     """
     timeline = Timeline.of(tables)
     seen = through(tables, timeline, upto_step)
-    complete = timeline.index(upto_step) == len(timeline) - 1
     if seen is not tables:
         timeline = Timeline.of(seen)
     topology = Topology.of(run, seen)
@@ -39,10 +40,10 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     hypotheses = report.ordered(found)
     _date(examiner, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None
-    requested = upto_step if not complete or last is None else last
+    reached = upto_step if last is None else last if upto_step is None else min(upto_step, last)
     return {
         "run": run.get("run"),
-        "upto_step": requested,
+        "upto_step": reached,
         "status": _status(examiner, hypotheses, index),
         "hypotheses": hypotheses,
         "coverage": _coverage(examiner),
@@ -80,7 +81,7 @@ def _date(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> None:
     for place in _places(examiner, index):
         if not waiting:
             return
-        for key in _held_at(examiner, place, index) & set(waiting):
+        for key in _held_at(examiner, place, set(waiting)) & set(waiting):
             for item in waiting.pop(key):
                 item["detected_step"] = int(examiner.timeline.steps[place])
     # Seen only with every record: from the first step on at which every record is visible.
@@ -106,17 +107,21 @@ def _places(examiner: Examiner, index: int) -> Iterable[int]:
     return sorted(candidates)
 
 
-def _held_at(examiner: Examiner, place: int, index: int) -> set[Key]:
-    """Cause and ranks of every hypothesis that the reply up to this place holds."""
+def _held_at(examiner: Examiner, place: int, wanted: set[Key]) -> set[Key]:
+    """Which of the wanted hypotheses (and perhaps others) the reply up to this place holds."""
+    causes = {cause for cause, _ in wanted}
     keys: set[Key] = set()
-    for verdict in examiner.verdicts(place):
-        ranks = tuple(int(examiner.topology.ranks[row]) for row in verdict.finding.rows)
-        keys |= {(explained.cause, ranks) for explained in verdict.listed}
-    origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
-    if origin is not None:
-        keys.add(("nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)))
-    for end, victims in _by_attempt(exits.ends(examiner.tables, examiner.timeline, place)):
-        keys.add((report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)))
+    if causes - FATAL_CAUSES:
+        for verdict in examiner.verdicts(place):
+            ranks = tuple(int(examiner.topology.ranks[row]) for row in verdict.finding.rows)
+            keys |= {(explained.cause, ranks) for explained in verdict.listed}
+    if "nan_origin" in causes:
+        origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
+        if origin is not None:
+            keys.add(("nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)))
+    if causes & END_CAUSES:
+        for end, victims in _by_attempt(exits.ends(examiner.tables, examiner.timeline, place)):
+            keys.add((report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)))
     return keys
 
 
@@ -129,8 +134,7 @@ def _status(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> str
         return "hung"
     if any(item["severity"] == "warning" for item in hypotheses):
         return "degraded"
-    enough: Callable[[int], bool] = lambda steps: steps >= policy.ENOUGH_STEPS  # noqa: E731
-    return "healthy" if enough(examiner.finished_steps(index)) else "insufficient"
+    return "healthy" if examiner.finished_steps(index) >= policy.ENOUGH_STEPS else "insufficient"
 
 
 def _coverage(examiner: Examiner) -> dict[str, Any]:
@@ -143,5 +147,5 @@ def _coverage(examiner: Examiner) -> dict[str, Any]:
     return {
         "ranks_reporting": len(reporting_ranks(tables)),
         "world_size": examiner.topology.world_size,
-        "signals_missing": report.signals_missing(examiner, wanted),
+        "signals_missing": sorted(name for name, present in wanted.items() if not present),
     }

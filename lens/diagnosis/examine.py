@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from lens.diagnosis import changes, measures, peers, policy, replay, signatures
-from lens.diagnosis.arrays import Floats, Ints, finite_mean, median
+from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.measures import Measure, Scene
@@ -79,7 +80,6 @@ class Examiner:
     topology: Topology
     frame: Frame
     signals: Signals
-    load: ExpertLoad | None
     features: dict[str, Floats]
     usual: Floats
     found: dict[str, list[Change]]
@@ -97,8 +97,23 @@ class Examiner:
         }
         return cls(
             tables, timeline, topology, frame, Signals(tables, timeline, topology),
-            ExpertLoad.of(tables, timeline, topology), features, usual, found,
+            features, usual, found,
         )  # fmt: skip
+
+    @cached_property
+    def load(self) -> ExpertLoad | None:
+        """Tokens for each rank's experts; read only when a rank is slow."""
+        return ExpertLoad.of(self.tables, self.timeline, self.topology)
+
+    @cached_property
+    def groups(self) -> list[Array]:
+        """Places of ranks whose changes compare."""
+        return peers.comparable(self.topology)
+
+    @cached_property
+    def fates(self) -> list[tuple[str, set[int]]]:
+        """Places of ranks that one cause can hit together."""
+        return self.topology.shared_fates()
 
     def finished_steps(self, index: int) -> int:
         """Steps up to this place that at least one rank finished."""
@@ -164,7 +179,7 @@ class Examiner:
     def _whole_set(self, change: Change, changed: set[int], index: int) -> set[int]:
         """The largest set that shares a reason with this rank and changed as a whole, else the rank alone."""
         wholes = [
-            places for kind, places in self.topology.shared_fates()
+            places for kind, places in self.fates
             if change.row in places and places <= changed and (kind != "expert" or self._loaded(places, change.onset, index))
         ]  # fmt: skip
         return max(wholes, key=lambda places: (len(places), -min(places)), default={change.row})
@@ -195,11 +210,10 @@ class Examiner:
         """Seconds above baseline and peers, [after, ranks]."""
         values = self.features[feature]
         base = self._base(feature, before)
-        return changes.excess(values[after], base, peers.comparable(self.topology), feature in PROPORTIONAL)
+        return changes.excess(values[after], base, self.groups, feature in PROPORTIONAL)
 
     def _base(self, feature: str, before: Ints) -> Floats:
-        groups = peers.comparable(self.topology)
-        return changes.baseline(self.features[feature][before], groups, feature in PROPORTIONAL)
+        return changes.baseline(self.features[feature][before], self.groups, feature in PROPORTIONAL)
 
     def _unit(self, steps: Ints) -> float:
         known = self.usual[steps][np.isfinite(self.usual[steps])]

@@ -26,8 +26,9 @@ UNCONFIRMED_COST = 0.05
 SHORTEST_CHANGE_STEPS = 5
 """A shorter burst is noise until it is longer."""
 SHORTEST_ENDED_STEPS = 10
-CALM_STEPS = 16
-"""A change is over when this many steps together show less than CALM_SHARE of it."""
+CALM_STEPS, CALM_STEPS_MOST = 16, 64
+"""A change is over when its last steps together, half as many as it has lasted within these bounds, show less than
+CALM_SHARE of it: what comes and goes (a loader that is slow for some batches) is one change."""
 CALM_SHARE = 0.4
 
 CUSUM_DRIFT = 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ def of_end(examiner: Examiner, end: End, victims: list[End], hung: bool) -> list
             cause, [end.rank],
             severity="warning" if end.restarted else "error",
             component=component, confidence=certainty,
-            onset_step=None if step is None else int(step),
+            onset_step=_step_after(examiner, step),
             end_step=int(examiner.timeline.steps[end.visible]) if end.restarted else None,
             evidence=[{
                 "metric": "process.exit", "ranks": [end.rank], "baseline": None,
@@ -316,6 +316,14 @@ def _last_step_of(examiner: Examiner, rank: int) -> int | None:
     return int(examiner.timeline.steps[finished[-1]]) if len(finished) else None
 
 
+def _step_after(examiner: Examiner, step: int | None) -> int | None:
+    """The step that a rank did not finish, when anyone began it."""
+    if step is None:
+        return None
+    steps = examiner.timeline.steps
+    return int(steps[min(int(np.searchsorted(steps, step)) + 1, len(steps) - 1)])
+
+
 def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) != 1 else ''} {_list(ranks)}" if ranks else "no rank"
 
@@ -345,8 +353,3 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 def _probability(value: float) -> float:
     return round(float(np.clip(value, 0.01, 0.99)), 3)
-
-
-def signals_missing(examiner: Examiner, wanted: Mapping[str, bool]) -> list[str]:
-    """Names of signals that no record of the run bears."""
-    return sorted(name for name, present in wanted.items() if not present)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lens.diagnosis.arrays import Array, Floats, Ints
+from lens.diagnosis.arrays import Array, Floats, Ints, pack
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.topology import Topology
 from lens.tables import Tables
@@ -131,17 +131,33 @@ class ExpertLoad:
         )
         if len(position) != experts:
             return None
-        key = np.stack([table[name][rows].astype(np.int64) for name in ("step", "rank", "layer", "t_ns")])
-        rows = rows[np.unique(key, axis=1, return_index=True)[1]]
+        key = pack(*(table[name][rows] for name in ("step", "rank", "layer", "t_ns")))
+        rows = rows[np.unique(key, return_index=True)[1]]
         flat = tables.vector_values[table["offset"][rows][:, None] + np.arange(experts)]
-        owned = np.stack([flat[:, position == p].sum(axis=1) for p in range(int(position.max()) + 1)], axis=1)
         step = np.searchsorted(timeline.steps, table["step"][rows])
         inside = step < len(timeline)
+        rows, flat, step = rows[inside], flat[inside], step[inside]
+        group, place = np.full((2, len(topology) + 1), -1, np.int64)
+        for number, members in enumerate(groups.values()):
+            at = topology.row(np.array(members, np.int64))
+            group[at], place[at] = number, np.arange(len(members))
+        sender = np.where(table["rank"][rows] < 0, -1, topology.row(table["rank"][rows]))
+        cell = np.where(sender >= 0, group[sender] * len(timeline) + step, -1)
         tokens = np.full((len(timeline), len(topology)), np.nan)
-        for members in groups.values():
-            sent = inside & ((table["rank"][rows] < 0) | np.isin(table["rank"][rows], members))
-            for place, rank in enumerate(members[: owned.shape[1]]):
-                total = np.bincount(step[sent], weights=owned[sent, place], minlength=len(timeline))
-                known = np.bincount(step[sent], minlength=len(timeline)) > 0
-                tokens[known, int(topology.row(np.array([rank]))[0])] = total[known]
+        for owner in range(int(position.max()) + 1):
+            owned = flat[:, position == owner].sum(axis=1)
+            known, total = _sums(cell, owned, len(groups) * len(timeline))
+            # A vector without rank is summed over all ranks: it reaches every group's owner.
+            everywhere, summed = _sums(np.where(sender < 0, step, -1), owned, len(timeline))
+            for row in np.flatnonzero(place[:-1] == owner).tolist():
+                part = slice(group[row] * len(timeline), (group[row] + 1) * len(timeline))
+                tokens[:, row] = np.where(known[part] | everywhere, total[part] + summed, np.nan)
         return cls(tokens)
+
+
+def _sums(cell: Ints, values: Floats, cells: int) -> tuple[Array, Floats]:
+    """Sums by cell and which cells have any; cell -1 counts nowhere."""
+    counted = cell >= 0
+    known = np.bincount(cell[counted], minlength=cells) > 0
+    total: Floats = np.bincount(cell[counted], weights=values[counted], minlength=cells).astype(np.float64)
+    return known, total
