@@ -16,7 +16,9 @@ demo: $(RUN) ## a real MoE training, seen live (ARGS="--fault slow_compute@40:2"
 	@$(BIN)/lens demo $(ARGS)
 
 test: $(DEV) chromium check ## everything that must hold: style, types, tests
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/e2e $(ARGS)
+	@echo "the whole with real processes, one demo at a time"
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 check: $(DEV) ## style and types
 	@$(BIN)/ruff check .

@@ -41,6 +41,7 @@ RANKS_PER_HOST = 2
 CARDS = "H200,H200"
 SERVER_PATIENCE_S = 60.0
 DRAIN_PATIENCE_S = 20.0
+VERDICT_PATIENCE_S = 60.0
 SHIP_S = 0.25
 
 
@@ -225,7 +226,7 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
     if code and demo.run not in [entry["run"] for entry in reader.runs()]:
         log = demo.logs / "trainer.log"
         raise CommandError(f"the training ended with exit code {code} before its first record", f"see {log}")
-    reply = reader.diagnosis(demo.run)
+    reply = _verdict(reader, demo.run)
     if arguments.json:
         result = {"run": demo.run, "url": page, "trainer_exit_code": code, "diagnosis": reply}
         print(json.dumps(result, ensure_ascii=False), flush=True)
@@ -238,6 +239,18 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
         while demo.server is not None and demo.server.poll() is None:
             time.sleep(0.5)
     return DONE if code == 0 else FAILED
+
+
+def _verdict(reader: ServerReader, run: str) -> dict[str, Any]:
+    """The verdict; a server that is still busy storing what came last is asked again."""
+    end = time.monotonic() + VERDICT_PATIENCE_S
+    while True:
+        try:
+            return reader.diagnosis(run)
+        except CommandError as error:
+            if error.code != UNREACHABLE or time.monotonic() > end:
+                raise
+            time.sleep(1)
 
 
 def _last_line(path: Path) -> str:

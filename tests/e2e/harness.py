@@ -87,6 +87,7 @@ class Demo:
         out, err = self.process.communicate(timeout=PATIENCE_S)
         assert out.strip(), f"no reply: {err}"
         reply: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        assert "diagnosis" in reply, f"no verdict: {reply}\n{err}"
         return reply
 
     def end(self) -> None:
