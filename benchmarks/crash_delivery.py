@@ -98,17 +98,30 @@ class Stage:
         for name in ("server", "agent") if target == "both" else (target,):
             setattr(self, name, getattr(self, f"start_{name}")())
 
+    def unread(self) -> bool:
+        """Whether the writer's ring is still there: the agent removes it once it has read everything."""
+        return any('"trainer"' in path.read_text() for path in self.rings.glob("host0/*/about.json"))
+
+    def stop_agent(self) -> bool:
+        """End the agent; whether it leaves batches for the next one."""
+        said = Path(self.log.name).stat().st_size
+        self.agent.send_signal(signal.SIGTERM)
+        self.agent.wait(60)
+        with Path(self.log.name).open("rb") as log:
+            log.seek(said)
+            return b"batches stay" in log.read()
+
     def finish(self) -> dict[str, int]:
         """Let the writer end and everything arrive; what the writer says it wrote."""
         self.stop_file.touch()
         written: dict[str, int] = json.loads(self.writer.communicate(timeout=60)[0])
-        end = time.monotonic() + 60
-        while list(self.rings.glob("host0/*/about.json")) and time.monotonic() < end:
-            if all('"trainer"' not in path.read_text() for path in self.rings.glob("host0/*/about.json")):
-                break
-            time.sleep(0.1)
-        self.agent.send_signal(signal.SIGTERM)
-        self.agent.wait(30)
+        end = time.monotonic() + 120
+        while self.unread() and time.monotonic() < end:
+            time.sleep(0.2)
+        # What was killed left a backlog in the spool, which may take more than one agent's farewell.
+        while self.stop_agent() and time.monotonic() < end:
+            self.agent = self.start_agent()
+            time.sleep(10)
         self.server.send_signal(signal.SIGINT)
         self.server.wait(30)
         return written
