@@ -43,6 +43,8 @@ SERVER_PATIENCE_S = 60.0
 DRAIN_PATIENCE_S = 20.0
 VERDICT_PATIENCE_S = 60.0
 SHIP_S = 0.25
+LINGER_S = 3600.0
+"""The demo ends its agents itself: ranks on a cold, busy machine load torch for longer than an agent would wait."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +111,7 @@ class _Demo:
         self.agents = [
             start(
                 [sys.executable, "-m", "lens", "agent", "--simulate", f"{card}:{RANKS_PER_HOST}"],
-                self.environment(f"host{number}"),
+                {**self.environment(f"host{number}"), "LENS_AGENT_LINGER": str(LINGER_S)},
                 self.logs / f"agent-host{number}.log",
             )
             for number, card in enumerate(cards)
