@@ -69,14 +69,7 @@ def describe(reply: dict[str, Any]) -> str:
         f"({coverage['ranks_reporting']} of {_shown(coverage['world_size'])} ranks report)"
     ]
     for hypothesis in reply["hypotheses"]:
-        where = ", ".join(f"rank {rank}" for rank in hypothesis["ranks"]) or "no particular rank"
-        cost = hypothesis["slowdown_pct"]
-        lines.append("")
-        lines.append(
-            f"{hypothesis['cause']} · {where} · since step {_shown(hypothesis['onset_step'])} · "
-            f"{'cost n/a' if cost is None else f'costs {cost:.0f} % of step time'} · "
-            f"confidence {hypothesis['confidence']:.2f}"
-        )
+        lines += ["", headline(hypothesis)]
         for item in hypothesis["evidence"]:
             lines.append(f"  why: {item['metric']} {_number(item['observed'])}, else {_number(item['baseline'])}")
         for item in hypothesis["against"]:
@@ -85,6 +78,17 @@ def describe(reply: dict[str, Any]) -> str:
     if coverage["signals_missing"]:
         lines += ["", "not seen: " + ", ".join(coverage["signals_missing"])]
     return "\n".join(lines)
+
+
+def headline(hypothesis: dict[str, Any]) -> str:
+    """One cause in one line: what, where, since when, what it costs, how sure."""
+    where = ", ".join(f"rank {rank}" for rank in hypothesis["ranks"]) or "no particular rank"
+    cost = hypothesis["slowdown_pct"]
+    return (
+        f"{hypothesis['cause']} · {where} · since step {_shown(hypothesis['onset_step'])} · "
+        f"{'cost n/a' if cost is None else f'costs {cost:.0f} % of step time'} · "
+        f"confidence {hypothesis['confidence']:.2f}"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, run, serve
+from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, run, serve, top
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
@@ -20,6 +20,7 @@ VERBS: dict[str, ModuleType] = {
     "run": run,
     "agent": agent,
     "list": list_runs,
+    "top": top,
     "diagnose": diagnose,
     "postmortem": postmortem,
     "doctor": doctor,

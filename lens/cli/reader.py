@@ -24,6 +24,9 @@ class RunReader(Protocol):
     def run(self, run: str) -> dict[str, Any]:
         """One run: topology, last step, how many ranks report."""
 
+    def now(self, run: str) -> dict[str, Any]:
+        """What each rank is doing at this moment."""
+
     def diagnosis(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
         """The verdict."""
 
@@ -73,6 +76,10 @@ class ServerReader:
     def run(self, run: str) -> dict[str, Any]:
         """One run."""
         return self.get(f"/api/v1/runs/{quote(run, safe='')}")
+
+    def now(self, run: str) -> dict[str, Any]:
+        """What each rank is doing at this moment."""
+        return self.get(f"/api/v1/runs/{quote(run, safe='')}/now")
 
     def diagnosis(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
         """The verdict."""
@@ -131,11 +138,15 @@ def choose_run(reader: RunReader, name: str) -> str:
     """
     runs = reader.runs()
     ids = [str(run["run"]) for run in runs]
-    if name == "latest" and ids:
+    if not ids:
+        raise CommandError(
+            "there is no run yet", "make one with: lens demo, or lens run -- python train.py", UNUSABLE
+        )
+    if name == "latest":
         return ids[0]
     matches = [name] if name in ids else [run for run in ids if run.startswith(name)]
     if len(matches) == 1:
         return matches[0]
-    known = ", ".join(ids[:5]) or "none"
+    known = ", ".join(ids[:5])
     problem = "fits several runs" if matches else "is not a run here"
     raise CommandError(f"{name} {problem}", f"runs here: {known}; all of them: lens list", UNUSABLE)

@@ -227,6 +227,8 @@ class HostedRun:
         attrs["state"] = state or _state(process, collective, phase)
         if last:
             attrs.update(group=last["group"], seq=last["seq"], op=last["name"])
+        if phase:
+            attrs["phase"] = phase["name"]
         since = collective or phase
         if since:
             attrs["since_ns"] = self.spool.anchor.unix(since["t0"])

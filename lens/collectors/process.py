@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lens.collectors import cgroup
-from lens.collectors.protocol import Collector, Group, Probe, Reading, Values, proc_is_there
+from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
 
+Values = list[tuple[str, float, Mapping[str, str]]]
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -28,7 +29,7 @@ class Target:
     device: str | None = None
 
 
-class ProcessCollector(Collector):
+class ProcessCollector:
     """Readings of each target process; who the targets are is asked anew each time.
 
     Args:
@@ -46,7 +47,13 @@ class ProcessCollector(Collector):
 
     def probe(self) -> Probe:
         """Whether there is a /proc to read."""
-        return proc_is_there(self._root)
+        if (self._root / "proc/self/stat").exists():
+            return Probe(True)
+        return Probe(False, "there is no /proc here")
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """None: processes are not devices."""
+        return []
 
     def groups(self) -> Sequence[Group]:
         """Fast for what explains a slow step, slow for the control group."""
@@ -64,6 +71,17 @@ class ProcessCollector(Collector):
             values = self._fast(target.pid, t_ns) if group == "fast" else self._container(target.pid)
             readings += [Reading(name, value, t_ns, labels, rank=target.rank) for name, value, labels in values]
         return readings
+
+    def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
+        """None of its own: the agent watches the ends of processes."""
+        return []
+
+    def processes(self) -> Sequence[ProcessUse]:
+        """None: this source knows no devices."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _fast(self, pid: int, t_ns: int) -> Values:
         directory = self._root / f"proc/{pid}"

@@ -152,13 +152,13 @@ class DataFolder:
         self.registry.arrived(number)
         return Receipt(decoded.accepted, rejected.listed, rejected.count, duplicate)
 
-    def settle(self) -> None:
+    def settle(self, patience_s: float | None = None) -> None:
         """Returns when everything acknowledged before this call can be read from the database.
 
         Raises:
-            StoreBehindError: that takes longer than the limit.
+            StoreBehindError: that takes longer than `patience_s`, or than the limit.
         """
-        self.applier.wait(self._newest, self.limits.read_wait_s)
+        self.applier.wait(self._newest, self.limits.read_wait_s if patience_s is None else patience_s)
 
     def close(self) -> None:
         """Apply what is in the log, close everything, give the folder back. Closing again does nothing."""

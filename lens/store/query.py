@@ -5,6 +5,7 @@ Every method first waits until what has been acknowledged can be read, so a read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -16,8 +17,9 @@ from lens.records import word
 from lens.slots import NULL
 from lens.store.charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
 from lens.store.communication import communication_of
-from lens.store.errors import BadQueryError, StoreError, UnknownStepError
+from lens.store.errors import BadQueryError, StoreBehindError, StoreError, UnknownStepError
 from lens.store.folder import DataFolder
+from lens.store.now import now_of
 from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, PHASE_DURATION, Selection
 from lens.store.runs import Run
@@ -28,6 +30,7 @@ Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[
 DIAGNOSIS, LEDGER = "diagnose", "ledger"
 _KEPT_ANSWERS = 64
 _MOST_SPANS = 5000
+_NOW_PATIENCE_S = 1.0
 
 
 def evaluate_here(
@@ -92,6 +95,15 @@ class Query:
             "metrics": self._metrics(known),
             "drops": {"lost_slots": progress.lost_slots, "rejected": progress.rejected},
         }
+
+    def now(self, run: str) -> dict[str, Any]:
+        """The run's summary and what each rank is doing; see `now.now_of`. A busy database is not waited for long:
+        the answer then is as old as `age_s` and the ranks' own say."""
+        known = self._folder.registry.run(run)
+        with contextlib.suppress(StoreBehindError):
+            self._folder.settle(_NOW_PATIENCE_S)
+        found = now_of(self._folder.store, self._folder.registry, known)
+        return {**self._summary(known), **found}
 
     def described(self, run: str) -> dict[str, Any]:
         """The run as its senders described it: what `lens.diagnosis` takes."""

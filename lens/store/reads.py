@@ -33,6 +33,12 @@ def show_run(request: Request, run: str) -> Response:
     return json_reply(worded(_query(request).run(run)))
 
 
+@router.get("/runs/{run}/now", summary="What each rank is doing: pace, waiting, phase, collective, card")
+def now(request: Request, run: str) -> Response:
+    """The run's summary, steps_per_s, ranks and hosts; what is not known is null or left out of values."""
+    return json_reply(worded(_query(request).now(run)))
+
+
 @router.get("/runs/{run}/series", summary="Envelope (min, max, mean, count) of a metric, a series each")
 def series(
     request: Request,
