@@ -8,8 +8,6 @@ the library's place.
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +17,10 @@ from typing import Any, Protocol
 from lens.collectors.amd_library import LibraryAbsentError, open_library
 from lens.collectors.amd_sources import Row
 from lens.collectors.amd_sysfs import SysfsDoor
-from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
+from lens.collectors.cards import Card, CardCollector, clock_below_maximum
+from lens.collectors.protocol import CollectorEvent, DeviceInfo, Probe, ProcessUse, Reading
 from lens.collectors.simulated.profiles import find_profile
 
-_STATES = ("ok", "degraded", "failed")
 _NOTICE_WAIT_S = 1.0
 _SILENT_AFTER = 2
 """Answers without a value after which a metric counts as not given."""
@@ -43,23 +41,17 @@ class _Door(Protocol):
 
 
 @dataclass
-class _Card:
-    info: DeviceInfo
-    handle: Any
-    labels: Mapping[str, str]
-    max_clock: float | None = None
+class _Card(Card):
     refused: dict[Row, str] = field(default_factory=dict)
     """Reason by question: asked once, left out since."""
     given: set[str] = field(default_factory=set)
     """Metrics that have had a value."""
     silent: dict[str, int] = field(default_factory=dict)
     """Answers without a value, by metric that never had one."""
-    errors: dict[tuple[str, str], int] = field(default_factory=dict)
     uncorrected: float | None = None
-    lost: bool = False
 
 
-class AmdCollector:
+class AmdCollector(CardCollector[_Card]):
     """Readings of every AMD card of this host.
 
     Args:
@@ -71,13 +63,9 @@ class AmdCollector:
     backend = "amd"
 
     def __init__(self, host: str, simulated: bool = False, root: Path = Path("/")) -> None:
-        self._host = host
-        self._simulated = simulated
+        super().__init__(host, simulated)
         self._root = root
         self._door: _Door | None = None
-        self._cards: list[_Card] = []
-        self._t_ns = 0
-        self._events: queue.SimpleQueue[CollectorEvent] = queue.SimpleQueue()
 
     def probe(self) -> Probe:
         """Find the cards, by amdsmi first. Never raises, never prints."""
@@ -96,37 +84,15 @@ class AmdCollector:
             door.close()
         return Probe(False, "; ".join([*reasons, "no card of the amdgpu driver under /sys/class/drm"]))
 
-    def devices(self) -> Sequence[DeviceInfo]:
-        """The cards found."""
-        return [card.info for card in self._cards]
-
-    def groups(self) -> Sequence[Group]:
-        """Fast for what moves with each step, slow for health and limits."""
-        return [Group("fast", 1.0), Group("slow", 15.0)]
-
-    def read(self, group: str) -> Sequence[Reading]:
-        """One reading of every card; a lost card gives its state and nothing else."""
-        readings: list[Reading] = []
-        for card in self._cards:
-            # One time for all of a card's readings: they are read within a millisecond and stored as one row.
-            self._t_ns = time.monotonic_ns()
-            if group == "slow" and card.lost:
-                self._try_again(card)
-            if not card.lost:
-                readings += self._read_card(card, group)
-            if group == "slow" or card.lost:
-                readings += self._state(card)
-        return readings
-
     def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
         """Resets, hangs, memory errors, lost cards; waits in the library, so call it from a thread of its own."""
         deadline = time.monotonic() + timeout_s
-        found = self._queued(0.0)
+        found = self._reported()
         while not found and (left := deadline - time.monotonic()) > 0:
             cards = {card.info.name: card.handle for card in self._cards if not card.lost}
             noticed = self._door.events(cards, min(left, _NOTICE_WAIT_S)) if self._door else None
             # With a library that waits, this only looks; without one, this is the wait.
-            found = self._queued(left) if noticed is None else [*noticed, *self._queued(0.0)]
+            found = self._reported(left) if noticed is None else [*noticed, *self._reported()]
         return found
 
     def processes(self) -> Sequence[ProcessUse]:
@@ -147,15 +113,6 @@ class AmdCollector:
         self._door = None
         self._cards = []
 
-    def _queued(self, timeout_s: float) -> list[CollectorEvent]:
-        """What `read` has found; waits for the first."""
-        found: list[CollectorEvent] = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self._events.get(timeout=max(timeout_s, 1e-6)))
-            while True:
-                found.append(self._events.get_nowait())
-        return found
-
     def _open_card(self, handle: Any, index: int) -> _Card:
         assert self._door is not None
         known = self._door.describe(handle)
@@ -173,7 +130,7 @@ class AmdCollector:
             driver=known.get("driver", ""),
             simulated=self._simulated,
         )
-        card = _Card(info, handle, {"simulated": "true"} if self._simulated else {})
+        card = _Card(info, handle)
         if handle.partition:
             card.refused = dict.fromkeys((row for row in self._door.rows if row.socket), "partition")
         return card
@@ -188,7 +145,7 @@ class AmdCollector:
         if card.lost:
             return []
         self._watch(card, readings)
-        return readings + _clock_below_maximum(readings, card)
+        return readings + clock_below_maximum(card, readings)
 
     def _ask(self, card: _Card, row: Row) -> list[Reading]:
         assert self._door is not None
@@ -209,10 +166,9 @@ class AmdCollector:
         if meaning == "never":
             card.refused[row] = detail
         elif meaning == "lost":
-            self._lose(card, detail)
+            self._lose(card, f"error {detail}", detail)
         elif meaning == "error":
-            key = (row.metrics[0], detail)
-            card.errors[key] = card.errors.get(key, 0) + 1
+            self._count_error(card, row.metrics[0], detail)
 
     def _watch(self, card: _Card, readings: Sequence[Reading]) -> None:
         """Keep the highest clock, and report memory errors that could not be corrected."""
@@ -223,46 +179,13 @@ class AmdCollector:
                 before, card.uncorrected = card.uncorrected, reading.value
                 if before is not None and reading.value > before:
                     text = f"{card.info.name}: {reading.value - before:g} memory errors that cannot be corrected"
-                    attrs = {"count": reading.value}
-                    event = CollectorEvent("gpu.ras", "error", text, reading.t_ns, card.info.name, attrs)
-                    self._events.put(event)
+                    self._report("gpu.ras", text, card.info.name, {"count": reading.value})
 
-    def _state(self, card: _Card) -> list[Reading]:
-        """1 for the state the card is in, 0 for the others; and which metrics it does not give."""
-        now = "failed" if card.lost else "ok"
-        found = [self._reading(card, "hw.status", float(state == now), {"hw.state": state}) for state in _STATES]
-        missing = {metric: "no_value" for metric, count in card.silent.items() if count >= _SILENT_AFTER}
-        missing |= {metric: reason for row, reason in card.refused.items() for metric in row.metrics}
-        for metric, reason in missing.items():
-            if metric not in card.given:
-                labels = {"backend": self.backend, "metric": metric, "reason": reason}
-                found.append(self._reading(card, "lens.collector.supported", 0.0, labels))
-        for (metric, code), count in card.errors.items():
-            labels = {"backend": self.backend, "metric": metric, "code": code}
-            found.append(self._reading(card, "lens.collector.errors", float(count), labels))
-        return found
-
-    def _lose(self, card: _Card, code: str) -> None:
-        if card.lost:
-            return
-        card.lost = True
-        text = f"{card.info.name} ({card.info.model}) does not answer any more (error {code})"
-        attrs = {"code": code}
-        self._events.put(CollectorEvent("gpu.lost", "error", text, time.monotonic_ns(), card.info.name, attrs))
+    def _missing(self, card: _Card) -> Mapping[str, str]:
+        silent = {metric: "no_value" for metric, count in card.silent.items() if count >= _SILENT_AFTER}
+        refused = {metric: reason for row, reason in card.refused.items() for metric in row.metrics}
+        return {metric: reason for metric, reason in (silent | refused).items() if metric not in card.given}
 
     def _try_again(self, card: _Card) -> None:
         assert self._door is not None
         card.lost = not self._door.alive(card.handle)
-
-    def _reading(self, card: _Card, metric: str, value: float, labels: Mapping[str, str]) -> Reading:
-        return Reading(metric, value, self._t_ns, {**labels, **card.labels}, device=card.info.name)
-
-
-def _clock_below_maximum(readings: Sequence[Reading], card: _Card) -> list[Reading]:
-    """The clock by its maximum, only while the card is busy: an idle card's low clock is no throttling."""
-    found = {reading.metric: reading for reading in readings}
-    clock, busy = found.get("gpu.clock.sm"), found.get("hw.gpu.utilization")
-    if clock is None or busy is None or not card.max_clock or busy.value < 0.5:
-        return []
-    ratio = clock.value / card.max_clock
-    return [Reading("gpu.throttle.below_max.ratio", ratio, clock.t_ns, card.labels, card.info.name)]

@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
+from lens.collectors.protocol import Collector, Group, Probe, Reading, Values, proc_is_there
 
-Values = list[tuple[str, float, Mapping[str, str]]]
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _KIB = 1024
 _SECTOR = 512
 
 
-class HostCollector:
+class HostCollector(Collector):
     """Readings of this host; `root` is where /proc and /sys hang."""
 
     backend = "host"
@@ -27,13 +26,7 @@ class HostCollector:
 
     def probe(self) -> Probe:
         """Whether there is a /proc to read."""
-        if (self._root / "proc/stat").exists():
-            return Probe(True)
-        return Probe(False, "there is no /proc here")
-
-    def devices(self) -> Sequence[DeviceInfo]:
-        """None."""
-        return []
+        return proc_is_there(self._root)
 
     def groups(self) -> Sequence[Group]:
         """Fast for what explains a slow step, slow for capacity."""
@@ -52,17 +45,6 @@ class HostCollector:
         if group == "fast":
             readings += self._utilization(t_ns)
         return readings
-
-    def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
-        """None."""
-        return []
-
-    def processes(self) -> Sequence[ProcessUse]:
-        """None."""
-        return []
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _utilization(self, t_ns: int) -> list[Reading]:
         """Share of processor time not idle since the last reading; nothing on the first."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lens.collectors.cards import Card, CardCollector, clock_below_maximum
 from lens.collectors.nvidia_sources import CALLS, FIELDS, GPM, FieldRow
-from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
+from lens.collectors.protocol import CollectorEvent, DeviceInfo, Probe, ProcessUse, Reading
 from lens.collectors.simulated.profiles import find_profile
 
 GPM_INTERVAL_NS = 100_000_000
@@ -26,24 +26,17 @@ _UNSUPPORTED[26] = "unsupported"
 _LOST = frozenset((15, 16, 28))
 _TIMEOUT = 10
 _NO_DATA_YET = frozenset((_TIMEOUT, 21, 27))
-_STATES = ("ok", "degraded", "failed")
 
 
 @dataclass
-class _Card:
-    info: DeviceInfo
-    handle: Any
-    labels: Mapping[str, str]
-    max_clock: float | None
+class _Card(Card):
     unsupported: dict[tuple[str, str], str] = field(default_factory=dict)
     """Reason by (metric, source): asked for once, left out since."""
-    errors: dict[tuple[str, int], int] = field(default_factory=dict)
-    lost: bool = False
     gpm_sample: Any = None
     gpm_t_ns: int = 0
 
 
-class NvidiaCollector:
+class NvidiaCollector(CardCollector[_Card]):
     """Readings of every NVIDIA card of this host.
 
     Args:
@@ -54,12 +47,8 @@ class NvidiaCollector:
     backend = "nvidia"
 
     def __init__(self, host: str, simulated: bool = False) -> None:
-        self._host = host
-        self._simulated = simulated
+        super().__init__(host, simulated)
         self._nvml: Any = None
-        self._cards: list[_Card] = []
-        self._events: queue.SimpleQueue[CollectorEvent] = queue.SimpleQueue()
-        self._t_ns = 0
         self._event_set: Any = None
         self._metrics_get: Any = None
 
@@ -88,38 +77,13 @@ class NvidiaCollector:
         self._register_events()
         return Probe(True)
 
-    def devices(self) -> Sequence[DeviceInfo]:
-        """The cards that could be opened."""
-        return [card.info for card in self._cards]
-
-    def groups(self) -> Sequence[Group]:
-        """Fast for what moves with each step, slow for health and limits."""
-        return [Group("fast", 1.0), Group("slow", 15.0)]
-
-    def read(self, group: str) -> Sequence[Reading]:
-        """One reading of every card; a lost card gives its state and nothing else."""
-        readings: list[Reading] = []
-        for card in self._cards:
-            # One time for all of a card's readings: they are read within a millisecond and stored as one row.
-            self._t_ns = time.monotonic_ns()
-            if group == "slow" and card.lost:
-                self._try_again(card)
-            if not card.lost:
-                readings += self._read_card(card, group)
-            if group == "slow" or card.lost:
-                readings += self._state(card)
-        return readings
-
     def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
         """Xids and lost cards; waits in the library, so call it from a thread of its own."""
         if self._event_set is None:
             time.sleep(timeout_s)
         else:
             self._wait_for_xid(timeout_s)
-        found = []
-        while not self._events.empty():
-            found.append(self._events.get())
-        return found
+        return self._reported()
 
     def processes(self) -> Sequence[ProcessUse]:
         """Compute processes by card; memory is None where the driver hides it."""
@@ -172,7 +136,7 @@ class NvidiaCollector:
             simulated=self._simulated,
         )
         max_clock = ask("nvmlDeviceGetMaxClockInfo", handle, 1, default=None)
-        return _Card(info, handle, {"simulated": "true"} if self._simulated else {}, max_clock)
+        return _Card(info, handle, max_clock)
 
     def _read_card(self, card: _Card, group: str) -> list[Reading]:
         readings: list[Reading] = []
@@ -182,7 +146,7 @@ class NvidiaCollector:
         if group == "fast" and not card.lost:
             readings += self._read_fields(card)
             readings += self._read_gpm(card)
-            readings += _clock_below_maximum(readings, card)
+            readings += clock_below_maximum(card, readings)
         return [] if card.lost else readings
 
     def _ask(
@@ -274,37 +238,18 @@ class NvidiaCollector:
             readings.append(self._reading(card, row.metric, value, row.labels))
         return readings
 
-    def _state(self, card: _Card) -> list[Reading]:
-        """1 for the state the card is in, 0 for the others; and which metrics it does not give."""
-        now = "failed" if card.lost else "ok"
-        found = [self._reading(card, "hw.status", float(state == now), {"hw.state": state}) for state in _STATES]
-        missing = {metric: reason for (metric, _), reason in card.unsupported.items()}
-        for metric, reason in missing.items():
-            labels = {"backend": self.backend, "metric": metric, "reason": reason}
-            found.append(self._reading(card, "lens.collector.supported", 0.0, labels))
-        for (metric, code), count in card.errors.items():
-            labels = {"backend": self.backend, "metric": metric, "code": str(code)}
-            found.append(self._reading(card, "lens.collector.errors", float(count), labels))
-        return found
+    def _missing(self, card: _Card) -> Mapping[str, str]:
+        return {metric: reason for (metric, _), reason in card.unsupported.items()}
 
     def _failed(self, card: _Card, metrics: tuple[str, ...], source: str, code: int) -> None:
         if code in _UNSUPPORTED:
             for metric in metrics:
                 card.unsupported[metric, source] = _UNSUPPORTED[code]
         elif code in _LOST:
-            self._lose(card, code)
+            card.gpm_sample = None
+            self._lose(card, f"NVML error {code}", code)
         elif code not in _NO_DATA_YET:
-            card.errors[metrics[0], code] = card.errors.get((metrics[0], code), 0) + 1
-
-    def _lose(self, card: _Card, code: int) -> None:
-        if card.lost:
-            return
-        card.lost = True
-        card.gpm_sample = None
-        text = f"{card.info.name} ({card.info.model}) does not answer any more (NVML error {code})"
-        self._events.put(
-            CollectorEvent("gpu.lost", "error", text, time.monotonic_ns(), card.info.name, {"code": code})
-        )
+            self._count_error(card, metrics[0], str(code))
 
     def _try_again(self, card: _Card) -> None:
         with contextlib.suppress(self._nvml.NVMLError):
@@ -332,23 +277,7 @@ class NvidiaCollector:
         card = next((c for c in self._cards if _same_device(c.handle, event.device)), None)
         device = card.info.name if card else None
         xid = int(event.eventData)
-        found = CollectorEvent(
-            "gpu.xid", "error", f"Xid {xid} on {device}", time.monotonic_ns(), device, {"xid": xid}
-        )
-        self._events.put(found)
-
-    def _reading(self, card: _Card, metric: str, value: float, labels: Mapping[str, str]) -> Reading:
-        return Reading(metric, value, self._t_ns, {**labels, **card.labels}, device=card.info.name)
-
-
-def _clock_below_maximum(readings: list[Reading], card: _Card) -> list[Reading]:
-    """The clock by its maximum, only while the card is busy: an idle card's low clock is no throttling."""
-    found = {reading.metric: reading for reading in readings}
-    clock, busy = found.get("gpu.clock.sm"), found.get("hw.gpu.utilization")
-    if clock is None or busy is None or not card.max_clock or busy.value < 0.5:
-        return []
-    ratio = clock.value / card.max_clock
-    return [Reading("gpu.throttle.below_max.ratio", ratio, clock.t_ns, card.labels, card.info.name)]
+        self._report("gpu.xid", f"Xid {xid} on {device}", device, {"xid": xid})
 
 
 def _field_source(row: FieldRow) -> str:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lens.collectors import cgroup
-from lens.collectors.protocol import CollectorEvent, DeviceInfo, Group, Probe, ProcessUse, Reading
+from lens.collectors.protocol import Collector, Group, Probe, Reading, Values, proc_is_there
 
-Values = list[tuple[str, float, Mapping[str, str]]]
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -29,7 +28,7 @@ class Target:
     device: str | None = None
 
 
-class ProcessCollector:
+class ProcessCollector(Collector):
     """Readings of each target process; who the targets are is asked anew each time.
 
     Args:
@@ -47,13 +46,7 @@ class ProcessCollector:
 
     def probe(self) -> Probe:
         """Whether there is a /proc to read."""
-        if (self._root / "proc/self/stat").exists():
-            return Probe(True)
-        return Probe(False, "there is no /proc here")
-
-    def devices(self) -> Sequence[DeviceInfo]:
-        """None: processes are not devices."""
-        return []
+        return proc_is_there(self._root)
 
     def groups(self) -> Sequence[Group]:
         """Fast for what explains a slow step, slow for the control group."""
@@ -71,17 +64,6 @@ class ProcessCollector:
             values = self._fast(target.pid, t_ns) if group == "fast" else self._container(target.pid)
             readings += [Reading(name, value, t_ns, labels, rank=target.rank) for name, value, labels in values]
         return readings
-
-    def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
-        """None of its own: the agent watches the ends of processes."""
-        return []
-
-    def processes(self) -> Sequence[ProcessUse]:
-        """None: this source knows no devices."""
-        return []
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _fast(self, pid: int, t_ns: int) -> Values:
         directory = self._root / f"proc/{pid}"

@@ -7,9 +7,14 @@ not there means "unknown", and no reading ever stands for a zero that was not me
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
+
+Values = list[tuple[str, float, Mapping[str, str]]]
+"""Metric, value and labels of a point."""
 
 
 @dataclass(frozen=True)
@@ -82,28 +87,40 @@ class ProcessUse:
 
 
 class Collector(Protocol):
-    """A source of readings."""
+    """A source of readings. A source that has no devices, events or processes of its own says nothing about them."""
 
     backend: str
     """Short name of the source: host, process, nvidia."""
 
+    @abstractmethod
     def probe(self) -> Probe:
         """Open the source. Never raises, never prints, takes less than a second."""
 
     def devices(self) -> Sequence[DeviceInfo]:
         """The devices found; empty for sources that have none."""
+        return ()
 
+    @abstractmethod
     def groups(self) -> Sequence[Group]:
         """The groups of metrics and how often each is read."""
 
+    @abstractmethod
     def read(self, group: str) -> Sequence[Reading]:
         """One reading of a group; what cannot be read is absent."""
 
     def events(self, timeout_s: float) -> Sequence[CollectorEvent]:
         """Events since the last call; waits up to `timeout_s` for the first, in a thread of its own."""
+        return ()
 
     def processes(self) -> Sequence[ProcessUse]:
         """Which processes use which device, as far as the source says."""
+        return ()
 
     def close(self) -> None:
         """Let go of the source."""
+        return
+
+
+def proc_is_there(root: Path) -> Probe:
+    """Whether Linux's /proc hangs below `root`."""
+    return Probe(True) if (root / "proc/stat").exists() else Probe(False, "there is no /proc here")

@@ -246,6 +246,7 @@ def test_a_second_agent_of_the_same_host_says_so_and_ends(host: Host, server: St
 
 
 def test_starting_an_agent_from_many_ranks_at_once_starts_one(host: Host, server: StubServer) -> None:
+    host.more["LENS_AGENT_LINGER"] = "10"  # the rank starts after its agent here, on a busy machine seconds after
     code = (
         "from lens.collectors.agent import ensure_agent\nfrom lens.settings import Settings\n"
         "print(ensure_agent(Settings.load()))"
