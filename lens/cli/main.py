@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, run, serve, top
+from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, query, run, serve, top
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
@@ -22,6 +22,7 @@ VERBS: dict[str, ModuleType] = {
     "list": list_runs,
     "top": top,
     "diagnose": diagnose,
+    "query": query,
     "postmortem": postmortem,
     "doctor": doctor,
 }

@@ -30,6 +30,9 @@ class RunReader(Protocol):
     def diagnosis(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
         """The verdict."""
 
+    def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
+        """The rows of a SELECT over the views: columns, rows, truncated, elapsed_s."""
+
     def close(self) -> None:
         """Let go of the connection or the folder."""
 
@@ -47,12 +50,25 @@ class ServerReader:
         Raises:
             CommandError: no answer, or an answer that is an error.
         """
+        return self._ask("GET", path)
+
+    def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
+        """The JSON object that answers this one.
+
+        Raises:
+            CommandError: no answer, or an answer that is an error.
+        """
+        return self._ask("POST", path, json.dumps(content).encode())
+
+    def _ask(self, method: str, path: str, content: bytes | None = None) -> dict[str, Any]:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
         try:
-            connection.request("GET", path, headers=headers)
+            connection.request(method, path, content, headers)
             response = connection.getresponse()
             body = json.loads(response.read() or b"{}")
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -63,7 +79,7 @@ class ServerReader:
             connection.close()
         if response.status >= 400:
             message = str(body.get("error", f"HTTP {response.status}"))
-            code = UNUSABLE if response.status == 404 else UNREACHABLE
+            code = UNUSABLE if response.status in (400, 404, 422) else UNREACHABLE
             raise CommandError(message, str(body.get("hint", "see: lens doctor")), code)
         result: dict[str, Any] = body
         return result
@@ -85,6 +101,10 @@ class ServerReader:
         """The verdict."""
         query = "" if upto_step is None else f"?upto_step={upto_step}"
         return self.get(f"/api/v1/runs/{quote(run, safe='')}/diagnosis{query}")
+
+    def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
+        """The rows of a SELECT."""
+        return self.post("/api/v1/query", {"sql": sql, "run": run, "limit": limit})
 
     def close(self) -> None:
         """Nothing is held open."""

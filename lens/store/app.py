@@ -19,10 +19,11 @@ from lens.store.ingest import Ingest
 from lens.store.live import LiveFeed
 from lens.store.query import Query
 from lens.store.replies import error_reply, install_error_handlers, json_reply
+from lens.store.sql import route as sql
 from lens.store.verdicts import Verdicts
 from lens.store.worker import DiagnosisWorker
 
-_ROUTERS = (ingest.router, reads.router, live.router)
+_ROUTERS = (ingest.router, reads.router, sql.router, live.router)
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 

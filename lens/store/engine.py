@@ -6,10 +6,10 @@ first query, so nothing here may be inherited by one. chDB is imported when a st
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,16 @@ class Store:
             self.close()
             raise StoreError(f"the database in {self.path} cannot be opened: {error}") from error
 
-    def query(self, sql: str) -> pa.Table:
-        """The rows of a SELECT, as columns.
+    def query(self, sql: str, session: Any = None) -> pa.Table:
+        """The rows of a SELECT, as columns; in a session of `open_session`, or in one of the store's own.
 
         Raises:
             StoreError: the database refuses or fails.
         """
-        with self._reader() as session:
+        if session is not None:
             return _run(session, sql, "ArrowTable")
+        with self._reader() as own:
+            return _run(own, sql, "ArrowTable")
 
     def scalar(self, sql: str) -> Any:
         """The first value of a SELECT, None when it has no row."""
@@ -70,8 +72,7 @@ class Store:
 
     def command(self, sql: str) -> None:
         """Run a statement that gives no rows."""
-        with self._write_lock:
-            _run(self._writer, sql, "Null")
+        self._write(sql)
 
     def insert(self, target: str, rows: pa.Table) -> None:
         """Fill one table of `schema.TARGETS` from these rows, as a single part.
@@ -80,8 +81,7 @@ class Store:
             StoreError: the database refuses or fails; nothing or everything of the rows is in the table.
         """
         _, columns, select = TARGETS[target]
-        with self._write_lock:
-            _run(self._writer, f"INSERT INTO lens.{target} ({columns}) {select}{_ONE_PART}", "Null", rows)
+        self._write(f"INSERT INTO lens.{target} ({columns}) {select}{_ONE_PART}", rows)
 
     def newest_blocks(self) -> dict[str, int]:
         """Number of the newest block inserted into each table; a table never filled is absent.
@@ -93,18 +93,52 @@ class Store:
         )
         return {row["table"]: row["newest"] for row in found.to_pylist()}
 
+    def open_session(self, *statements: str) -> Any:
+        """A session for somebody who must not share one, after these statements in it; closed with the store.
+
+        One in which a query has failed must be closed: chDB may put what was left of that answer before the next.
+        """
+        session = self._open_session()
+        for statement in statements:
+            _run(session, statement, "Null")
+        return session
+
+    def close_session(self, session: Any) -> None:
+        """Closes one session, unless the store was closed before."""
+        with contextlib.suppress(ValueError):
+            self._sessions.remove(session)
+            session.close()
+
+    def _renewed(self, session: Any) -> Any:
+        """Another session in the place of one in which a query has failed."""
+        if session not in self._sessions:
+            return session  # the store was closed meanwhile
+        self.close_session(session)
+        return self._open_session()
+
     def close(self) -> None:
         """Closes every session; the path is free afterwards."""
         while self._sessions:
             self._sessions.pop().close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reader(self) -> Iterator[Any]:
         session = self._readers.get()
         try:
             yield session
+        except StoreError:
+            session = self._renewed(session)
+            raise
         finally:
             self._readers.put(session)
+
+    def _write(self, sql: str, rows: pa.Table | None = None) -> None:
+        with self._write_lock:
+            try:
+                _run(self._writer, sql, "Null", rows)
+            except StoreError:
+                self._writer = self._renewed(self._writer)
+                raise
 
     def _open_session(self) -> Any:
         from chdb import session

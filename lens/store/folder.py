@@ -13,7 +13,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lens.store.log import Log
 from lens.store.ownership import Ownership
 from lens.store.registry import Registry
 from lens.store.runs import Run
+from lens.store.sql.guest import SqlLimits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Limits:
     """Most ingest requests at the same time."""
     read_wait_s: float = 20.0
     """How long a read waits until what was acknowledged before it can be seen."""
+    sql: SqlLimits = field(default_factory=SqlLimits)
+    """What one query of a user may take."""
 
 
 @dataclass(frozen=True)

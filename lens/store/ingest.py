@@ -8,9 +8,9 @@ import anyio
 import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Header, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from lens.store.bodies import binary_schema, content_type_of, json_schema, read_body
 from lens.store.decode import CONTENT_TYPES, NDJSON, decode
 from lens.store.encodings import unpack
 from lens.store.errors import UndecodableError, UnknownRunError
@@ -21,8 +21,6 @@ from lens.store.verdicts import Verdicts
 
 router = APIRouter(prefix="/api/v1", tags=["ingest"])
 
-MOST_DRAINED = 1 << 30
-"""Bytes of a body over the limit that are still read, so that the sender gets the answer and not a reset."""
 WORKERS = 4
 """Batches decoded and written at the same time."""
 
@@ -36,12 +34,33 @@ class Ingest:
         self.workers = anyio.CapacityLimiter(WORKERS)
 
 
-@router.post("/runs", status_code=201, summary="Describe a run; merged with what is known of it")
+_RUN_SCHEMA = json_schema(
+    {
+        "type": "object",
+        "required": ["run"],
+        "properties": {
+            "run": {"type": "string", "minLength": 1, "maxLength": 128},
+            "name": {"type": "string"},
+            "world_size": {"type": "integer", "minimum": 1},
+            "ranks": {"type": "array", "items": {"type": "object", "required": ["rank"]}},
+            "groups": {"type": "object"},
+            "experts": {"type": "object"},
+            "config": {"type": "object"},
+            "tags": {"type": "array", "items": {"type": "string"}},
+            "data_versions": {"type": "object"},
+        },
+    }
+)
+
+
+@router.post(
+    "/runs", status_code=201, summary="Describe a run; merged with what is known of it", openapi_extra=_RUN_SCHEMA
+)
 async def describe_run(request: Request) -> Response:
     """201 for a new run, 200 for a known one; the reply is the run as it is known now."""
     ingest: Ingest = request.app.state.ingest
-    _content_type(request, ("application/json",))
-    body = await _body(request, ingest.folder.limits.body)
+    content_type_of(request, ("application/json",))
+    body = await read_body(request, ingest.folder.limits.body)
     try:
         described = msgspec.json.decode(b"".join(body))
     except (msgspec.DecodeError, RecursionError) as error:
@@ -52,7 +71,11 @@ async def describe_run(request: Request) -> Response:
     return json_reply(run.described, 201 if is_new else 200)
 
 
-@router.post("/runs/{run}/records", summary="Send records; answered when they are on disk")
+@router.post(
+    "/runs/{run}/records",
+    summary="Send records; answered when they are on disk",
+    openapi_extra=binary_schema(*CONTENT_TYPES),
+)
 async def take_records(
     request: Request,
     run: str,
@@ -63,7 +86,7 @@ async def take_records(
 ) -> Response:
     """NDJSON, Arrow IPC stream or recorder slots; gzip or zstd. A batch sent again is stored once."""
     ingest: Ingest = request.app.state.ingest
-    content_type = _content_type(request, tuple(CONTENT_TYPES))
+    content_type = content_type_of(request, tuple(CONTENT_TYPES))
     if (lens_source is None) != (lens_sequence is None):
         raise HttpError(400, "Lens-Source and Lens-Sequence go together", "send both, or neither")
     if lens_source is not None and not 0 < len(lens_source) <= 256:
@@ -73,7 +96,7 @@ async def take_records(
         raise HttpError(429, "too many batches at the same time", "send the batch again in a moment")
     ingest.requests += 1
     try:
-        body = await _body(request, limits.body)
+        body = await read_body(request, limits.body)
         encoding = request.headers.get("content-encoding", "")
 
         def take() -> dict[str, Any]:
@@ -109,34 +132,3 @@ def _take(
     if receipt.rejected_count > len(receipt.rejected):
         reply["rejected_count"] = receipt.rejected_count
     return reply
-
-
-def _content_type(request: Request, accepted: tuple[str, ...]) -> str:
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given not in accepted:
-        raise HttpError(415, f"content type {given or 'missing'!r} is not taken here", f"use {', '.join(accepted)}")
-    return given
-
-
-async def _body(request: Request, limit: int) -> list[bytes]:
-    """The parts of the request's body: joining many megabytes is nothing for the event loop.
-
-    Raises:
-        HttpError: 413, it is over the limit; 400, the sender went away.
-    """
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size <= limit:
-                parts.append(part)
-            elif size > MOST_DRAINED:
-                break
-            else:
-                parts.clear()
-    except ClientDisconnect as error:
-        raise HttpError(400, "the body was cut short", "send it again") from error
-    if size > limit:
-        raise HttpError(413, f"the body is larger than {limit >> 20} MiB", "send it in smaller batches")
-    return parts

@@ -23,6 +23,8 @@ from lens.store.now import now_of
 from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, PHASE_DURATION, Selection
 from lens.store.runs import Run
+from lens.store.sql.answer import reply_of
+from lens.store.sql.guest import Guest, SqlAnswer
 from lens.tables import SCHEMA, Tables
 
 Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[dict[str, Any]]]
@@ -53,6 +55,7 @@ class Query:
         self._folder = folder
         self._charts = Charts(folder.store, folder.registry)
         self._evaluate = evaluate
+        self._guest = Guest(folder.store, folder.registry, folder.limits.sql)
         self._answers: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
         self._answers_lock = threading.Lock()
 
@@ -178,6 +181,15 @@ class Query:
                 f"no rank has recorded step {step}", f"the newest step is {self.runs_last_step(known)}"
             )
         return {"step": step, "ranks": ranks}
+
+    def sql(self, sql: str, run: str | None = None, limit: int = 10_000) -> SqlAnswer:
+        """The first `limit` rows of a user's SELECT over `sql.views.VIEWS`, of all runs or of one; see `Guest.ask`."""
+        self._folder.settle()
+        return self._guest.ask(sql, run, limit)
+
+    def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
+        """The same as a JSON object; see `sql.answer.reply_of`."""
+        return reply_of(self.sql(sql, run, limit))
 
     def communication(self, run: str, first: int | None = None, last: int | None = None) -> dict[str, Any]:
         """Who sends to whom and who waits for whom in steps [first, last]; see `communication.communication_of`."""
