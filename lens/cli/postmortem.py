@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lens.cli.errors import DONE, UNUSABLE, CommandError
-from lens.cli.waiting import Suspects, Wait, names, suspects, waits
+from lens.cli.waiting import SILENT, Suspects, Wait, names, suspects, waits
 from lens.collectors.exits import ProcessWatch
 from lens.ring_reader import RingError, RingReader
 from lens.slots import COLLECTIVE, EVENT, PHASE, STEP, RingPart, iter_records
@@ -102,6 +102,8 @@ def _last_words(readers: list[RingReader], about: dict[str, Any], last: int) -> 
         "pid": about.get("pid"),
         "ended": _end(readers[0], about, bool(errors)),
         "error": errors[-1]["text"] if errors else None,
+        "error_ns": errors[-1]["t0"] if errors else None,
+        "seen_ns": max((max(record["t0"], record.get("t1") or 0) for record in [*records, *spans]), default=0),
         "step": readers[0].last_step(),
         "phase": phase,
         "collective": collective and {**collective, "left": collective["t0"] == 0},
@@ -129,7 +131,7 @@ def _end(reader: RingReader, about: dict[str, Any], failed: bool) -> str:
         return "ended cleanly"
     if ProcessWatch(int(about.get("pid") or 0), int(about.get("start_ticks") or 0)).alive():
         return "still runs"
-    return "ended with an error" if failed else "was killed or ended without a word"
+    return "ended with an error" if failed else SILENT
 
 
 def _describe(

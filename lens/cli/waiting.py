@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Rank = Mapping[str, Any]
+SILENT = "was killed or ended without a word"
 _PAIR = re.compile(r":(\d+)-(\d+)$")
 _RANKS = re.compile(r"ranks/(\d+(?:,\d+)*)$")
 
@@ -86,6 +87,9 @@ def suspects(ranks: Sequence[Rank], found: Sequence[Wait]) -> Suspects | None:
     held = {rank for wait in found for rank in wait.inside if wait.absent or wait.unseen or not wait.left}
     called = {rank for wait in found for rank in wait.absent}
     free = tuple(sorted(called - held))
+    silent = _silent_before_any_error(ranks, held)
+    if silent and all(rank["error"] for rank in ranks if rank["rank"] in free):
+        return Suspects(silent, f"{_they(silent)} fell silent before any other rank reported an error")
     if free:
         waiting = sorted({rank for wait in found if wait.absent for rank in wait.inside})
         return Suspects(free, f"{names(waiting)} waited for what {_they(free)} never entered")
@@ -95,6 +99,22 @@ def suspects(ranks: Sequence[Rank], found: Sequence[Wait]) -> Suspects | None:
     if called:
         return Suspects(tuple(sorted(called)), "each waited in a collective that the other never entered")
     return None
+
+
+def _silent_before_any_error(ranks: Sequence[Rank], held: set[int]) -> tuple[int, ...]:
+    """Ranks that ended without a word, outside any wait, while others could later report an error.
+
+    Launchers end all ranks once one is gone, and many of those then fail in one way or another: the first to go is
+    not among them. Clocks of different hosts are not compared.
+    """
+    errors = [(rank["error_ns"], rank["host"]) for rank in ranks if rank["error"]]
+    if not errors or len({rank["host"] for rank in ranks}) > 1:
+        return ()
+    first = min(errors)[0]
+    return tuple(
+        rank["rank"] for rank in ranks
+        if rank["rank"] not in held and rank["ended"] == SILENT and rank["seen_ns"] < first
+    )  # fmt: skip
 
 
 def _in_a_whole_collective(ranks: Sequence[Rank], wait: Wait) -> Suspects:
