@@ -28,7 +28,7 @@ from urllib.request import Request, urlopen
 
 PAGE = Path(__file__).with_name("api.md")
 WIDTH = 112
-MOST_NUMBERS, MOST_OBJECTS = 6, 2
+MOST_NUMBERS, MOST_OBJECTS, MOST_LINES = 6, 2, 5
 FIXED: dict[str, Any] = {"age_s": 0.4, "state": "live", "cursor": 1764081234567, "elapsed_s": 0.004}
 """Depends on when one asks. A rank's own `age_s` and `state` do not, and stay as they are."""
 SHAPE_ONLY = ("diagnosis", "alerts", "ledger")
@@ -143,7 +143,8 @@ class Server:
         request = Request(self.url + path, body.encode() or None, headers, method=method)
         try:
             with urlopen(request, timeout=60) as reply:
-                return reply.status, json.load(reply)
+                is_json = reply.headers.get_content_type() == "application/json"
+                return reply.status, json.load(reply) if is_json else reply.read().decode()
         except HTTPError as error:
             return error.code, json.load(error)
 
@@ -212,6 +213,13 @@ def normal(value: Any, key: str = "", deep: bool = False) -> Any:
     return value
 
 
+def first_lines(text: str) -> str:
+    """The beginning of a reply that is no JSON."""
+    lines = text.splitlines()
+    rest = [f"… {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
+    return "\n".join(lines[:MOST_LINES] + rest)
+
+
 def shape(value: Any) -> Any:
     """Only keys and kinds; a list is as its first entry is. A null may become a value and the other way round."""
     if isinstance(value, dict):
@@ -255,9 +263,14 @@ def rewritten(page: str, server: Server) -> str:
                 request = block["body"].rstrip("\n")
             continue
         status, reply = server.ask(request)
+        route = request.splitlines()[0].partition("?")[0]
+        if isinstance(reply, str):
+            result += [page[at : block.start()], f"```text\n{first_lines(reply)}\n```"]
+            at, request = block.end(), ""
+            shown.add(route)
+            continue
         new = normal(reply)
         old = json.loads(block["body"]) if block["body"].strip() else None
-        route = request.splitlines()[0].partition("?")[0]
         same_shape = route.endswith(SHAPE_ONLY) and shape(old) == shape(new)
         info = "json" if status < 300 else f"json {status}"
         if status >= 300 and block["info"] != info:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 __version__ = "0.1.0"
-__all__ = ["data", "detach", "enabled", "expert_tokens", "log", "phase", "step", "watch"]
+__all__ = ["data", "detach", "enabled", "expert_tokens", "log", "open", "phase", "step", "watch"]
 
 if sys.platform == "win32":
     raise ImportError(
@@ -26,6 +26,9 @@ if sys.platform == "win32":
     )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lens.reading import StoredRun
     from lens.settings import Settings
 
 Item = TypeVar("Item")
@@ -130,3 +133,22 @@ def enabled() -> bool:
     from lens.hooks import api
 
     return api.enabled()
+
+
+def open(
+    run: str = "latest", *, server: str | None = None, token: str | None = None, data: str | Path | None = None
+) -> StoredRun:
+    """A stored run to read from: ``lens.open("latest").series("train.loss").pandas()``.
+
+    Args:
+        run: its id, the beginning of its id, or ``latest``.
+        server: URL of a lens server; default LENS_SERVER, else the server that owns the data folder.
+        token: that server's token; default LENS_TOKEN, else the folder's token file.
+        data: the data folder; default LENS_DATA, else ``./lens-data``.
+
+    Raises:
+        lens.reading.ReadingError: no such run, no folder, or nobody answers.
+    """
+    from lens.reading import open_run
+
+    return open_run(run, server=server, token=token, data=data)

@@ -30,8 +30,9 @@ from lens.cli.diagnose import describe
 from lens.cli.errors import DONE, FAILED, INTERRUPTED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, settings_of
 from lens.cli.processes import start, stop, wait_until
-from lens.cli.reader import ServerReader, owner_of
+from lens.cli.reader import ServerReader
 from lens.cli.run import new_run_id
+from lens.reading.connection import owner_of
 from lens.recorder import private_directory
 from lens.settings import Settings, default_rings
 

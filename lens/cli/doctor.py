@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 from lens.cli.errors import DONE, MISSING
 from lens.cli.options import add_data, add_server, settings_of
-from lens.cli.reader import owner_of
+from lens.reading.connection import owner_of
 from lens.settings import Settings
 
 HELP = "what works here and what is missing"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import agent, demo, diagnose, doctor, list_runs, postmortem, query, run, serve, top
+from lens.cli import agent, demo, diagnose, doctor, export, list_runs, postmortem, query, run, serve, top
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
@@ -23,6 +23,7 @@ VERBS: dict[str, ModuleType] = {
     "top": top,
     "diagnose": diagnose,
     "query": query,
+    "export": export,
     "postmortem": postmortem,
     "doctor": doctor,
 }

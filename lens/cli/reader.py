@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from lens.cli.errors import UNREACHABLE, UNUSABLE, CommandError, missing_extra
+from lens.reading import export_path
+from lens.reading.connection import Connection, ReadingError, RefusedError, owner_of
 from lens.settings import Settings
-
-TIMEOUT_S = 60.0
 
 
 class RunReader(Protocol):
@@ -33,6 +31,9 @@ class RunReader(Protocol):
     def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
         """The rows of a SELECT over the views: columns, rows, truncated, elapsed_s."""
 
+    def exported(self, run: str, format: str, table: str, first: int | None, last: int | None) -> Iterator[bytes]:
+        """The run as a file, in parts."""
+
     def close(self) -> None:
         """Let go of the connection or the folder."""
 
@@ -41,8 +42,8 @@ class ServerReader:
     """Reads through a server's HTTP API."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        self.url = url.rstrip("/")
-        self._token = token
+        self._connection = Connection(url, token)
+        self.url = self._connection.url
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path.
@@ -50,39 +51,8 @@ class ServerReader:
         Raises:
             CommandError: no answer, or an answer that is an error.
         """
-        return self._ask("GET", path)
-
-    def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that answers this one.
-
-        Raises:
-            CommandError: no answer, or an answer that is an error.
-        """
-        return self._ask("POST", path, json.dumps(content).encode())
-
-    def _ask(self, method: str, path: str, content: bytes | None = None) -> dict[str, Any]:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        if content is not None:
-            headers["Content-Type"] = "application/json"
-        try:
-            connection.request(method, path, content, headers)
-            response = connection.getresponse()
-            body = json.loads(response.read() or b"{}")
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise CommandError(
-                f"{self.url} does not answer: {error}", "start one with: lens serve", UNREACHABLE
-            ) from error
-        finally:
-            connection.close()
-        if response.status >= 400:
-            message = str(body.get("error", f"HTTP {response.status}"))
-            code = UNUSABLE if response.status in (400, 404, 422) else UNREACHABLE
-            raise CommandError(message, str(body.get("hint", "see: lens doctor")), code)
-        result: dict[str, Any] = body
-        return result
+        with _as_command_errors():
+            return self._connection.ask("GET", path)
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, newest first."""
@@ -104,22 +74,31 @@ class ServerReader:
 
     def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
         """The rows of a SELECT."""
-        return self.post("/api/v1/query", {"sql": sql, "run": run, "limit": limit})
+        with _as_command_errors():
+            return self._connection.ask("POST", "/api/v1/query", {"sql": sql, "run": run, "limit": limit})
+
+    def exported(self, run: str, format: str, table: str, first: int | None, last: int | None) -> Iterator[bytes]:
+        """The run as a file, in parts.
+
+        Raises:
+            CommandError: no answer, an answer that is an error, or one that broke off.
+        """
+        with _as_command_errors():
+            yield from self._connection.stream("GET", export_path(run, format, table, first, last))
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
-def owner_of(data: Path) -> dict[str, Any] | None:
-    """What the server that owns this folder says of itself (url, pid), or None when none lives."""
+@contextlib.contextmanager
+def _as_command_errors() -> Iterator[None]:
     try:
-        found: dict[str, Any] = json.loads((data / "server.json").read_text())
-        os.kill(int(found["pid"]), 0)
-    except PermissionError:
-        return found
-    except (OSError, ValueError, KeyError):
-        return None
-    return found
+        yield
+    except RefusedError as error:
+        code = UNUSABLE if error.status in (400, 404, 422) else UNREACHABLE
+        raise CommandError(str(error), error.hint, code) from error
+    except ReadingError as error:
+        raise CommandError(str(error), error.hint, UNREACHABLE) from error
 
 
 def open_reader(settings: Settings) -> RunReader:

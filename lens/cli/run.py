@@ -25,7 +25,7 @@ from typing import Any
 
 from lens.cli.errors import UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
-from lens.cli.reader import owner_of
+from lens.reading.connection import owner_of
 from lens.settings import Settings
 
 HELP = "run a training command with lens around it"

@@ -12,7 +12,7 @@ import webbrowser
 
 from lens.cli.errors import UNREACHABLE, CommandError, missing_extra
 from lens.cli.options import add_data, settings_of
-from lens.cli.reader import owner_of
+from lens.reading.connection import owner_of
 
 HELP = "store and dashboard on 127.0.0.1:8321"
 DEFAULT_PORT = 8321

@@ -14,6 +14,7 @@ from starlette.routing import Match
 from lens.settings import Settings
 from lens.store import ingest, live, reads
 from lens.store.access import Access, Guard, guard_of, token_of
+from lens.store.export import route as export
 from lens.store.folder import DataFolder, Limits
 from lens.store.ingest import Ingest
 from lens.store.live import LiveFeed
@@ -23,7 +24,7 @@ from lens.store.sql import route as sql
 from lens.store.verdicts import Verdicts
 from lens.store.worker import DiagnosisWorker
 
-_ROUTERS = (ingest.router, reads.router, sql.router, live.router)
+_ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router)
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 

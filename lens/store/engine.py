@@ -65,6 +65,21 @@ class Store:
         with self._reader() as own:
             return _run(own, sql, "ArrowTable")
 
+    def stream(self, sql: str, rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a SELECT in batches of about `rows`, read as they are asked for; none if there are no rows.
+
+        Raises:
+            StoreError: the database refuses or fails, at any batch.
+        """
+        session = self.open_session()
+        try:
+            with session.send_query(sql, "Arrow") as found:
+                yield from (batch for batch in found.record_batch(rows) if batch.num_rows)
+        except (RuntimeError, pa.ArrowException) as error:
+            raise StoreError(f"the database refused: {str(error)[:500]}") from error
+        finally:
+            self.close_session(session)
+
     def scalar(self, sql: str) -> Any:
         """The first value of a SELECT, None when it has no row."""
         table = self.query(sql)

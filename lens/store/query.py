@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lens.slots import NULL
 from lens.store.charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
 from lens.store.communication import communication_of
 from lens.store.errors import BadQueryError, StoreBehindError, StoreError, UnknownStepError
+from lens.store.export.exporter import Export, Wanted, export_of
+from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
 from lens.store.now import now_of
 from lens.store.readback import read_tables
@@ -190,6 +192,15 @@ class Query:
     def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
         """The same as a JSON object; see `sql.answer.reply_of`."""
         return reply_of(self.sql(sql, run, limit))
+
+    def export(self, run: str, wanted: Wanted) -> Export:
+        """The run as a file for other tools; see `export.exporter.export_of`."""
+        known = self._settled(run)
+        return export_of(self._folder.store, self._folder.registry, known, wanted)
+
+    def exported(self, run: str, format: str, table: str, first: int | None, last: int | None) -> Iterator[bytes]:
+        """The parts of that file."""
+        return self.export(run, Wanted(format, table, Steps(first, last))).parts
 
     def communication(self, run: str, first: int | None = None, last: int | None = None) -> dict[str, Any]:
         """Who sends to whom and who waits for whom in steps [first, last]; see `communication.communication_of`."""

@@ -25,9 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": BASE | COLUMNS,
     "traces": BASE | COLUMNS,
     "store": BASE | COLUMNS | {"diagnosis", "traces"},
+    "reading": BASE | {"store"},
     "dashboard": BASE | COLUMNS | {"store", "diagnosis"},
-    "cli": BASE | COLUMNS | {"hooks", "collectors", "attach", "diagnosis", "traces", "store", "dashboard"},
-    "__init__": BASE | {"hooks"},
+    "cli": BASE
+    | COLUMNS
+    | {"hooks", "collectors", "attach", "diagnosis", "traces", "store", "reading", "dashboard"},
+    "__init__": BASE | {"hooks", "reading"},
     "__main__": {"cli"},
 }
 FOREIGN: dict[str, set[str]] = {
@@ -84,7 +87,7 @@ def test_sample_runs_use_only_the_public_api(path: Path) -> None:
 HEAVY = ("torch", "numpy", "chdb", "dash", "fastapi", "pandas", "pyarrow", "plotly", "psutil", "pynvml")
 
 
-@pytest.mark.parametrize("module", ["lens", "lens.hooks.api", "lens.cli.main"])
+@pytest.mark.parametrize("module", ["lens", "lens.hooks.api", "lens.reading", "lens.cli.main"])
 def test_importing_pulls_in_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}; print(*sorted(m for m in {HEAVY!r} if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -24,6 +24,15 @@ def reply_of(answer: SqlAnswer) -> dict[str, Any]:
     }
 
 
+def arrow_of(answer: SqlAnswer) -> bytes:
+    """The rows as an Arrow IPC stream."""
+    sink: Any = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, answer.table.schema) as writer:
+        writer.write_table(answer.table)
+    found: bytes = sink.getvalue().to_pybytes()
+    return found
+
+
 def _type(kind: pa.DataType) -> str:
     """Arrow's own name, with the two kinds of text as one."""
     name = str(kind)

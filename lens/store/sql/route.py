@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import anyio
 import anyio.to_thread
 import msgspec
-import pyarrow as pa
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -15,7 +12,7 @@ from lens.store.bodies import content_type_of, json_schema, read_body
 from lens.store.decode import ARROW
 from lens.store.errors import BadQueryError
 from lens.store.replies import json_reply
-from lens.store.sql.answer import reply_of
+from lens.store.sql.answer import arrow_of, reply_of
 from lens.store.sql.guest import MOST_ROWS, SqlAnswer
 
 router = APIRouter(prefix="/api/v1", tags=["read"])
@@ -66,8 +63,5 @@ async def query(request: Request) -> Response:
 
 
 def _arrow_reply(found: SqlAnswer) -> Response:
-    sink: Any = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, found.table.schema) as writer:
-        writer.write_table(found.table)
     headers = {"cache-control": "no-store", "lens-truncated": str(found.truncated).lower()}
-    return Response(sink.getvalue().to_pybytes(), media_type=ARROW, headers=headers)
+    return Response(arrow_of(found), media_type=ARROW, headers=headers)
