@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
 
 .PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery
@@ -25,8 +26,8 @@ check: $(DEV) ## style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-prove-run: $(DEV) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
-	@$(BIN)/python -m pytest -m long $(ARGS)
+prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
+	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
 
 prove-verdicts: $(DEV) ## 46 real runs with real faults: is the right cause named? (20 minutes)
 	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)
@@ -64,4 +65,9 @@ $(RUN): pyproject.toml | $(VENV)/bin/python
 $(DEV): $(RUN)
 	@echo "installing what the tests need: about 150 MB"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(PROVE): $(DEV)
+	@echo "installing what is trained besides plain torch: transformers and accelerate, about 150 MB"
+	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" -e '.[prove]'
 	@touch $@

@@ -43,7 +43,7 @@ def described() -> dict[str, Any]:
     """The run of the examples: two hosts of two cards, data parallel over all."""
     ranks = [
         {"rank": rank, "host": f"host{rank // 2}", "device": f"host{rank // 2}/gpu{rank % 2}", "local_rank": rank % 2,
-         "vendor": "nvidia" if rank < 2 else "amd", "model": "H200" if rank < 2 else "MI455X"}
+         "vendor": "nvidia" if rank < 2 else "amd", "model": "H200" if rank < 2 else "MI455X", "pid": 4711 + rank}
         for rank in range(RANKS)
     ]  # fmt: skip
     experts = {"layers": 1, "experts": 4, "top_k": 2}

@@ -15,8 +15,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 
-from lens.cli.errors import DONE, MISSING
+from lens.cli.errors import DONE, MISSING, CommandError
 from lens.cli.options import add_data, add_server, settings_of
+from lens.cli.reader import ServerReader
 from lens.reading.connection import owner_of
 from lens.settings import Settings
 
@@ -84,11 +85,15 @@ def _rings(settings: Settings) -> Check:
 
 def _server(settings: Settings) -> Check:
     owner = owner_of(settings.data)
-    if owner:
-        return Check("server", "ok", f"{owner['url']} owns {settings.data}")
-    if settings.server:
-        return Check("server", "ok", f"{settings.server} (not asked)")
-    return Check("server", "absent", f"none owns {settings.data}", "start one with: lens serve")
+    url = settings.server or (owner or {}).get("url")
+    if not url:
+        return Check("server", "absent", f"none owns {settings.data}", "start one with: lens serve")
+    try:
+        runs = ServerReader(url, settings.read_token()).runs()
+    except CommandError as error:
+        said = str(error) if url in str(error) else f"{url}: {error}"
+        return Check("server", "absent", said, error.hint)
+    return Check("server", "ok", f"{url}, {len(runs)} runs")
 
 
 def _cards() -> Check:

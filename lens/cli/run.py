@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,9 +27,11 @@ from typing import Any
 from lens.cli.errors import UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 from lens.reading.connection import owner_of
+from lens.recorder import RecorderError
 from lens.settings import Settings
 
 HELP = "run a training command with lens around it"
+AGENT_CHECK_S = 5.0
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -57,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         if value:
             environment[key] = value
     environment.setdefault("LENS_DATA", str(settings.data))
-    _start_agent(settings, server, token)
+    keep_agent = _agent_keeper(settings, server, token)
     where = server or "kept on this machine until a server is there (lens serve)"
     print(f"lens: run {environment['LENS_RUN']} → {where}", file=sys.stderr)
-    return _pass_through(command, environment)
+    return _pass_through(command, environment, keep_agent)
 
 
 def new_run_id() -> str:
@@ -77,17 +80,29 @@ def _autoload() -> dict[str, str]:
     return {"LENS_AUTOLOAD": "1", "PYTHONPATH": path}
 
 
-def _start_agent(settings: Settings, server: str | None, token: str | None) -> None:
+def _agent_keeper(settings: Settings, server: str | None, token: str | None) -> Callable[[], None]:
+    """Start this host's agent; returns what starts it again if it has ended, while ranks load or by a kill."""
     if not settings.agent:
-        return
+        return lambda: None
     try:
         from lens.collectors.agent import ensure_agent
     except ImportError as error:
         raise missing_extra(error, "all") from error
-    ensure_agent(Settings.load(data=settings.data, server=server, token=token))
+    of_agent = Settings.load(data=settings.data, server=server, token=token)
+
+    def keep(say: bool = False) -> None:
+        # Nothing about the agent may end the training's command, or keep it from beginning.
+        try:
+            ensure_agent(of_agent)
+        except (OSError, RecorderError) as error:
+            if say:
+                print(f"lens: no agent, training goes on ({error})", file=sys.stderr)
+
+    keep(say=True)
+    return keep
 
 
-def _pass_through(command: list[str], environment: dict[str, str]) -> int:
+def _pass_through(command: list[str], environment: dict[str, str], keep_agent: Callable[[], None]) -> int:
     child = subprocess.Popen(command, env=environment)
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -98,7 +113,7 @@ def _pass_through(command: list[str], environment: dict[str, str]) -> int:
     # Ctrl-C reaches the command from the terminal itself: it shares our process group.
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        code = child.wait()
+        code = _wait(child, keep_agent)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -109,3 +124,15 @@ def _pass_through(command: list[str], environment: dict[str, str]) -> int:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
+
+
+def _wait(child: subprocess.Popen[bytes], keep_agent: Callable[[], None]) -> int:
+    """The child's return code once it ends; the agent is looked after meanwhile, and for its last records."""
+    while True:
+        try:
+            code = child.wait(AGENT_CHECK_S)
+        except subprocess.TimeoutExpired:
+            keep_agent()
+        else:
+            keep_agent()
+            return code

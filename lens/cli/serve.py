@@ -1,18 +1,22 @@
 """Store, API and dashboard in one process, on this machine only unless told otherwise.
 
-Prints a ready URL with a random token; the token lies in the data folder, readable by you alone.
+Prints a ready URL with a random token; the token lies in the data folder, readable by you alone. What a run has
+recorded before there was a server is taken in by itself.
 Ctrl-C ends it; what was acknowledged is on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import webbrowser
 
 from lens.cli.errors import UNREACHABLE, CommandError, missing_extra
 from lens.cli.options import add_data, settings_of
 from lens.reading.connection import owner_of
+from lens.recorder import RecorderError
+from lens.settings import Settings
 
 HELP = "store and dashboard on 127.0.0.1:8321"
 DEFAULT_PORT = 8321
@@ -45,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise missing_extra(error, "server") from error
 
     def ready(url: str) -> None:
+        _ship_what_waits(settings)
         if arguments.json:
             print(json.dumps({"url": url, "data": str(settings.data)}), flush=True)
         else:
@@ -71,3 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
             "another port: --port 0 takes a free one",
             UNREACHABLE,
         ) from error
+
+
+def _ship_what_waits(settings: Settings) -> None:
+    """Start this host's agent if records of a run wait in the data folder: no other may come to bring them."""
+    if settings.agent and any(settings.spool.glob("*/*.segment")):
+        from lens.collectors.agent import ensure_agent
+
+        with contextlib.suppress(OSError, RecorderError):
+            ensure_agent(settings)

@@ -117,6 +117,7 @@ COLUMNS = (
     Column("RANK", lambda rank, reply: str(rank["rank"]), 99),
     Column("DEVICE", lambda rank, reply: str(rank["device"] or rank["host"] or MISSING), 50, left=True),
     Column("CARD", lambda rank, reply: str(rank["model"] or MISSING), 10, left=True),
+    Column("PID", lambda rank, reply: MISSING if rank["pid"] is None else str(rank["pid"]), 15),
     Column("STEP", lambda rank, reply: MISSING if rank["step"] is None else str(rank["step"]), 90),
     Column("STEP TIME", lambda rank, reply: milliseconds(rank["step_s"]), 95),
     Column("WAITS", lambda rank, reply: percent(rank["wait_share"]), 94),

@@ -87,13 +87,14 @@ def suspects(ranks: Sequence[Rank], found: Sequence[Wait]) -> Suspects | None:
     held = {rank for wait in found for rank in wait.inside if wait.absent or wait.unseen or not wait.left}
     called = {rank for wait in found for rank in wait.absent}
     free = tuple(sorted(called - held))
-    silent = _silent_before_any_error(ranks, held)
-    if silent and all(rank["error"] for rank in ranks if rank["rank"] in free):
-        return Suspects(silent, f"{_they(silent)} fell silent before any other rank reported an error")
-    if free:
+    silent = _silent_before_any_error(ranks, {rank for wait in found if wait.absent for rank in wait.inside})
+    stuck = [wait for wait in found if not wait.absent and held & set(wait.inside)]
+    failed = {rank["rank"] for rank in ranks if rank["error"]}
+    if free and not (silent and failed.issuperset(free)):
         waiting = sorted({rank for wait in found if wait.absent for rank in wait.inside})
         return Suspects(free, f"{names(waiting)} waited for what {_they(free)} never entered")
-    stuck = [wait for wait in found if not wait.absent and held & set(wait.inside)]
+    if silent and (free or not stuck):
+        return Suspects(silent, f"{_they(silent)} fell silent before any other rank reported an error")
     if stuck:
         return _in_a_whole_collective(ranks, max(stuck, key=lambda wait: len(called & set(wait.inside))))
     if called:
@@ -101,19 +102,19 @@ def suspects(ranks: Sequence[Rank], found: Sequence[Wait]) -> Suspects | None:
     return None
 
 
-def _silent_before_any_error(ranks: Sequence[Rank], held: set[int]) -> tuple[int, ...]:
-    """Ranks that ended without a word, outside any wait, while others could later report an error.
+def _silent_before_any_error(ranks: Sequence[Rank], waiting: set[int]) -> tuple[int, ...]:
+    """Ranks that ended without a word and waited for nobody, while others could later report an error.
 
     Launchers end all ranks once one is gone, and many of those then fail in one way or another: the first to go is
     not among them. Clocks of different hosts are not compared.
     """
-    errors = [(rank["error_ns"], rank["host"]) for rank in ranks if rank["error"]]
+    errors = [rank["error_ns"] for rank in ranks if rank["error_ns"] is not None]
     if not errors or len({rank["host"] for rank in ranks}) > 1:
         return ()
-    first = min(errors)[0]
+    first = min(errors)
     return tuple(
         rank["rank"] for rank in ranks
-        if rank["rank"] not in held and rank["ended"] == SILENT and rank["seen_ns"] < first
+        if rank["rank"] not in waiting and rank["ended"] == SILENT and rank["seen_ns"] < first
     )  # fmt: skip
 
 

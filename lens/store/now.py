@@ -48,7 +48,7 @@ def now_of(store: Store, registry: Registry, run: Run) -> dict[str, Any]:
     """The present of a run.
 
     Returns:
-        steps_per_s (over the last `RECENT_STEPS` steps), ranks [{rank, host, device, vendor, model, step (newest
+        steps_per_s (over the last `RECENT_STEPS` steps), ranks [{rank, host, device, pid, vendor, model, step (newest
         finished), step_s and wait_share (mean of those steps), state, phase, collective (which, and for how long), exit, age_s (seconds
         that its newest record lies behind the run's newest), values}] and hosts [{host, values}]. What is not
         known is None; a value that was not read lately is left out of `values`.
@@ -60,6 +60,7 @@ def now_of(store: Store, registry: Registry, run: Run) -> dict[str, Any]:
     beats = _newest_events(store, run, "heartbeat", progress)
     exits = _newest_events(store, run, "process.exit", progress)
     values = _Values(store, registry, run, progress.last_t_ns)
+    pids = {item.get("rank"): item.get("pid") for item in run.described.get("ranks") or ()}
     ranks = []
     for row, rank in enumerate(topology.ranks.tolist()):
         host, device = topology.host[row], topology.device[row]
@@ -68,6 +69,7 @@ def now_of(store: Store, registry: Registry, run: Run) -> dict[str, Any]:
             "rank": rank,
             "host": host,
             "device": device,
+            "pid": pids.get(rank),
             "vendor": topology.vendor[row],
             "model": topology.model[row],
             "step": None if known is None or known.last_step == NULL else known.last_step,

@@ -70,7 +70,7 @@ def run(post: Post) -> tuple[str, int]:
     start = now - 600 * MS
     ranks = [
         {"rank": rank, "host": f"host{rank // 2}", "device": f"host{rank // 2}/gpu{rank % 2}", "vendor": "nvidia",
-         "model": "H200"}
+         "model": "H200", "pid": 4711 + rank}
         for rank in range(4)
     ]  # fmt: skip
     records = [

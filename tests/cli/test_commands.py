@@ -128,6 +128,14 @@ def test_run_hands_a_polite_signal_to_its_command(tmp_path: Path) -> None:
     assert child.wait(30) == 7
 
 
+def test_run_goes_on_where_no_agent_can_be_started(tmp_path: Path) -> None:
+    (tmp_path / "rings").write_text("in the way")
+    program = "import sys; print('trained'); sys.exit(3)"
+    result = lens("run", "--", sys.executable, "-c", program, cwd=tmp_path, LENS_AGENT="1", LENS_RINGS="rings")
+    assert (result.returncode, result.stdout) == (3, "trained\n")
+    assert "no agent, training goes on" in result.stderr
+
+
 @pytest.mark.parametrize("words", [["run"], ["run", "--", "no-such-command-anywhere"]])
 def test_run_without_a_usable_command_says_so(words: list[str], tmp_path: Path) -> None:
     result = lens(*words, cwd=tmp_path)

@@ -51,7 +51,7 @@ def test_where_the_output_is_no_terminal_it_is_printed_once_and_plainly(
     assert verdict
     # Rank 0 came to the all-reduce 50 ms before rank 2 did, of 100.
     assert re.search(
-        r"host0/gpu0 +H200 +4 +100.0 ms +50 % +backward +96 % +1980 MHz +612 W", row_of(done.stdout, 0)
+        r"host0/gpu0 +H200 +4711 +4 +100.0 ms +50 % +backward +96 % +1980 MHz +612 W", row_of(done.stdout, 0)
     )
     assert re.search(r"20.0/140 GiB +3.0 GiB +8.0/64 GiB", row_of(done.stdout, 0))
     assert re.search(r"100.0 ms +0 % +backward", row_of(done.stdout, 2))
@@ -193,7 +193,7 @@ def test_a_server_that_goes_away_is_said_and_the_last_picture_stays(
 
 
 def reply_of(count: int, **more: Any) -> dict[str, Any]:
-    rank = {"host": "host0", "device": None, "vendor": None, "model": None, "step": 7, "step_s": 0.1, "wait_share": 0.5,
+    rank = {"host": "host0", "device": None, "pid": None, "vendor": None, "model": None, "step": 7, "step_s": 0.1, "wait_share": 0.5,
             "state": "running", "phase": "forward", "collective": None, "exit": None, "age_s": 0.0, "values": {}}  # fmt: skip
     run = {"run": "r", "name": None, "state": "live", "age_s": 0.5, "world_size": count, "ranks_reporting": count,
            "last_step": 7, "last_t_ns": 10**18, "steps_per_s": 10.0, "simulated": False, "hosts": []}  # fmt: skip

@@ -26,6 +26,59 @@ for step in range(6):
 dist.destroy_process_group()
 """
 
+MIXTURE_LOOP = """
+import contextlib
+import torch
+import torch.distributed as dist
+
+class Router(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(16, 4, bias=False)
+
+    def forward(self, tokens):
+        return self.project(tokens).softmax(-1).topk(2, -1)
+
+class Mixture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 4
+        self.gate = Router()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, tokens):
+        weights, chosen = self.gate(tokens)
+        share = [(weights * (chosen == number)).sum(-1, keepdim=True) for number in range(4)]
+        return tokens + sum(expert(tokens) * part for expert, part in zip(self.experts, share))
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(Mixture(), Mixture(), torch.nn.Linear(16, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+held_out = torch.randn(8, 16)
+step = contextlib.nullcontext
+# lens
+batches = iter(torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=4))
+for number in range(6):
+    with step():
+        for _ in range(2):
+            loss = model(next(batches)).pow(2).mean()
+            loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        if number % 3 == 2:
+            with torch.no_grad():
+                score = model(held_out).pow(2).mean()
+            dist.all_reduce(score, async_op=True).wait()
+            dist.barrier()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    if dist.get_rank() == 0:
+        print(number, loss.item().hex())
+dist.destroy_process_group()
+"""
+
 FSDP_LOOP = """
 import torch
 import torch.distributed as dist

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lens.slots import ROW
 from tests.hooks import programs
 from tests.hooks.ringside import Recorded, read_rings, run_python
 
@@ -82,6 +83,37 @@ def test_the_sample_run_gives_the_same_as_with_the_embedded_hook(tmp_path: Path)
         tokens = [[(v["step"], v["layer"], v["values"]) for v in each.vectors] for each in (one, other)]
         assert sorted(tokens[0]) == sorted(tokens[1])
         assert (found.parent / f"losses.{rank}").read_text() == (embedded.parent / f"losses.{rank}").read_text()
+
+
+TIMES = frozenset({"t0", "t1", "t_wait", "t_done", "gc_ns", "overhead_ns"})
+OWN = frozenset({"pid", "start_ticks", "run"})
+
+
+def timeless_records(recorded: Recorded) -> list[str]:
+    """Every record without its times, in a fixed order; of the counters read each second only which they are."""
+    rows = {name for row in recorded.of(ROW) for name in row["values"]}
+    return sorted(
+        repr(sorted((name, value) for name, value in record.items() if name not in TIMES))
+        for record in recorded.records if record["type"] != ROW
+    ) + sorted(rows)  # fmt: skip
+
+
+def test_every_field_is_as_the_embedded_hook_records_it(tmp_path: Path) -> None:
+    hook = "import lens\nlens.watch(model, optimizer)\nstep = lens.step"
+    found, embedded = tmp_path / "found" / "rings", tmp_path / "embedded" / "rings"
+    prepared = written(embedded, programs.MIXTURE_LOOP.replace("# lens", hook))
+    done = run_python([*TORCHRUN, prepared], embedded)
+    assert done.returncode == 0, done.stderr
+    without = same_with_and_without([*TORCHRUN, written(found, programs.MIXTURE_LOOP)], found)
+    for one, other in zip(read_rings(embedded), without, strict=True):
+        assert timeless_records(other) == timeless_records(one)
+        assert {key: value for key, value in other.about.items() if key not in OWN} == {
+            key: value for key, value in one.about.items() if key not in OWN
+        }
+        assert {phase["name"] for phase in other.phases} == PHASES | {"data", "eval"}
+        assert {call["name"] for call in other.collectives} == {"all_reduce", "barrier"}
+        assert steps_and_layers(other) == list(itertools.product(range(6), range(2)))
+        assert other.closed
 
 
 def test_a_ddp_loop_with_gradient_accumulation(rings: Path) -> None:
