@@ -31,6 +31,8 @@ WIDTH = 112
 MOST_NUMBERS, MOST_OBJECTS, MOST_LINES = 6, 2, 5
 FIXED: dict[str, Any] = {"age_s": 0.4, "state": "live", "cursor": 1764081234567, "elapsed_s": 0.004}
 """Depends on when one asks. A rank's own `age_s` and `state` do not, and stay as they are."""
+BYTES = ("POST /api/v1/write",)
+"""Routes whose bodies are no text: the page says in words what they take."""
 SHAPE_ONLY = ("diagnosis", "alerts", "ledger")
 """Routes whose numbers are the diagnosis's own."""
 BLOCK = re.compile(r"^```(?P<info>\w+[^\n]*)?\n(?P<body>.*?)^```$", re.M | re.S)
@@ -215,8 +217,8 @@ def normal(value: Any, key: str = "", deep: bool = False) -> Any:
 
 def first_lines(text: str) -> str:
     """The beginning of a reply that is no JSON."""
-    lines = text.splitlines()
-    rest = [f"… {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
+    lines = [re.sub(r"^(lens_server_\S+) .*", r"\1 1", line) for line in text.splitlines()]
+    rest = ["… more lines"] if len(lines) > MOST_LINES else []
     return "\n".join(lines[:MOST_LINES] + rest)
 
 
@@ -279,7 +281,9 @@ def rewritten(page: str, server: Server) -> str:
         at, request = block.end(), ""
         if status < 300:
             shown.add(route)
-    missing = [route for route in server.routes() if not any(_fits(route, each) for each in shown)]
+    missing = [
+        route for route in server.routes() if route not in BYTES and not any(_fits(route, each) for each in shown)
+    ]
     if missing:
         sys.exit(f"{PAGE.name} shows no request for {', '.join(missing)}")
     return "".join([*result, page[at:]])

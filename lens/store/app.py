@@ -14,6 +14,7 @@ from starlette.routing import Match
 from lens.settings import Settings
 from lens.store import ingest, live, reads
 from lens.store.access import Access, Guard, guard_of, token_of
+from lens.store.bridges import route as bridges
 from lens.store.export import route as export
 from lens.store.folder import DataFolder, Limits
 from lens.store.ingest import Ingest
@@ -24,7 +25,7 @@ from lens.store.sql import route as sql
 from lens.store.verdicts import Verdicts
 from lens.store.worker import DiagnosisWorker
 
-_ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router)
+_ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router, bridges.router)
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -56,6 +57,7 @@ def create_app(
         app.state.query = Query(folder, worker.evaluate)
         verdicts = Verdicts(app.state.query, app.state.live)
         app.state.ingest = Ingest(folder, app.state.live, verdicts)
+        app.state.recent = bridges.Recent()
         verdicts.start()
         try:
             yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio
@@ -11,18 +14,31 @@ from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
 from lens.store.bodies import binary_schema, content_type_of, json_schema, read_body
-from lens.store.decode import CONTENT_TYPES, NDJSON, decode
+from lens.store.decode import CONTENT_TYPES, NDJSON, Decoded, decode
 from lens.store.encodings import unpack
 from lens.store.errors import UndecodableError, UnknownRunError
-from lens.store.folder import DataFolder
+from lens.store.folder import DataFolder, Receipt
 from lens.store.live import LiveFeed
 from lens.store.replies import HttpError, json_reply
 from lens.store.verdicts import Verdicts
+from lens.tables import Tables
 
 router = APIRouter(prefix="/api/v1", tags=["ingest"])
 
 WORKERS = 4
 """Batches decoded and written at the same time."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records as they came, and what is in them."""
+
+    body: bytes
+    content_type: str
+    encoding: str
+    decoded: Decoded
+    source: str | None = None
+    sequence: int | None = None
 
 
 class Ingest:
@@ -32,6 +48,42 @@ class Ingest:
         self.folder, self.live, self.verdicts = folder, live, verdicts
         self.requests = 0
         self.workers = anyio.CapacityLimiter(WORKERS)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Room for one more request.
+
+        Raises:
+            HttpError: 429, there is none.
+        """
+        if self.requests >= self.folder.limits.requests:
+            raise HttpError(429, "too many batches at the same time", "send the batch again in a moment")
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    def keep(self, run: str, batch: Batch) -> Receipt:
+        """Take a batch of a known run, and tell those who wait for news. Returns when it is on disk.
+
+        Raises:
+            StoreError: as `DataFolder.ingest`.
+        """
+        receipt = self.folder.ingest(
+            run, batch.body, batch.content_type, batch.encoding, batch.decoded, batch.source, batch.sequence
+        )
+        if not receipt.duplicate:
+            self.live.publish(run, batch.decoded.tables)
+            if self._is_training(run, batch.decoded.tables):
+                self.verdicts.mark(run)
+        return receipt
+
+    def _is_training(self, run: str, tables: Tables) -> bool:
+        """Whether there is something to judge: numbers alone, such as a scraper sends, are no training."""
+        numbers = tables.count("samples") + tables.count("vectors")
+        progress = self.folder.registry.progress(self.folder.registry.run(run).number)
+        return progress.last_step is not None or tables.total > numbers
 
 
 _RUN_SCHEMA = json_schema(
@@ -92,31 +144,22 @@ async def take_records(
     if lens_source is not None and not 0 < len(lens_source) <= 256:
         raise HttpError(400, "Lens-Source: 1 to 256 characters", "use a name such as agent:host1:4711")
     limits = ingest.folder.limits
-    if ingest.requests >= limits.requests:
-        raise HttpError(429, "too many batches at the same time", "send the batch again in a moment")
-    ingest.requests += 1
-    try:
-        body = await read_body(request, limits.body)
+    with ingest.place():
+        parts = await read_body(request, limits.body)
         encoding = request.headers.get("content-encoding", "")
 
         def take() -> dict[str, Any]:
-            return _take(ingest, run, body, content_type, encoding, lens_source, lens_sequence)
+            body = b"".join(parts)
+            decoded = _decoded(ingest.folder, run, body, content_type, encoding)
+            return _reply(
+                ingest.keep(run, Batch(body, content_type, encoding, decoded, lens_source, lens_sequence))
+            )
 
         return json_reply(await anyio.to_thread.run_sync(take, limiter=ingest.workers))
-    finally:
-        ingest.requests -= 1
 
 
-def _take(
-    ingest: Ingest,
-    run: str,
-    parts: list[bytes],
-    content_type: str,
-    encoding: str,
-    source: str | None,
-    sequence: int | None,
-) -> dict[str, Any]:
-    folder, body = ingest.folder, b"".join(parts)
+def _decoded(folder: DataFolder, run: str, body: bytes, content_type: str, encoding: str) -> Decoded:
+    """The records of a body; the run must be known, or be described by a line of it."""
     known = folder.registry.find(run) is not None
     if not known and content_type != NDJSON:
         raise UnknownRunError(run)
@@ -124,10 +167,10 @@ def _take(
     if not known and not any(described.get("run") == run for described in decoded.runs):
         # A file of records may describe its run in its first line; without that nobody knows the run.
         raise UnknownRunError(run)
-    receipt = folder.ingest(run, body, content_type, encoding, decoded, source, sequence)
-    if not receipt.duplicate:
-        ingest.live.publish(run, decoded.tables)
-        ingest.verdicts.mark(run)
+    return decoded
+
+
+def _reply(receipt: Receipt) -> dict[str, Any]:
     reply: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
     if receipt.rejected_count > len(receipt.rejected):
         reply["rejected_count"] = receipt.rejected_count

@@ -144,6 +144,11 @@ class LiveFeed:
         for waker in wakers:
             waker.wake()
 
+    def diagnosis(self, run_id: str) -> dict[str, Any] | None:
+        """The newest diagnosis of a run; None if there was none since the server started."""
+        window = self._windows.get(run_id)
+        return window.diagnosis if window is not None else None
+
     @contextlib.contextmanager
     def listen(self, run_id: str) -> Iterator[Waker]:
         """A waker that is woken whenever something of this run is published; call it on the event loop."""

@@ -165,6 +165,20 @@ class Query:
             for row in found.to_pylist()
         ]
 
+    def newest(self, numbers: Sequence[int], most: int) -> list[tuple[int, int, int, float]]:
+        """Run number, mid, rank (-1 for none) and newest value of every series of some runs, at most so many.
+
+        Does not wait for what was acknowledged just now.
+        """
+        if not numbers:
+            return []
+        found = self._folder.store.query(
+            f"SELECT run, mid, rank, value FROM lens.latest FINAL WHERE run IN ({', '.join(map(str, numbers))}) "
+            f"ORDER BY run, mid, rank LIMIT {most}"
+        )
+        columns = (found.column(name).to_pylist() for name in ("run", "mid", "rank", "value"))
+        return list(zip(*columns, strict=True))
+
     def step(self, run: str, step: int) -> dict[str, Any]:
         """Every rank's spans of one step: {step, ranks: [{rank, t0_ns, t1_ns, spans: […]}]}.
 
