@@ -10,7 +10,21 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import agent, demo, diagnose, doctor, export, list_runs, postmortem, query, run, serve, top
+from lens.cli import (
+    agent,
+    attach,
+    demo,
+    detach,
+    diagnose,
+    doctor,
+    export,
+    list_runs,
+    postmortem,
+    query,
+    run,
+    serve,
+    top,
+)  # fmt: skip
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
@@ -18,6 +32,8 @@ VERBS: dict[str, ModuleType] = {
     "demo": demo,
     "serve": serve,
     "run": run,
+    "attach": attach,
+    "detach": detach,
     "agent": agent,
     "list": list_runs,
     "top": top,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -62,14 +62,22 @@ def watch(
 
 def watch_unprepared() -> None:
     """Begin to record a training that has no line of lens in it, at its first optimizer; see ``lens run``."""
+    _begin_unprepared(Settings.load, Session.watch_unprepared)
+
+
+def watch_running(settings: Settings) -> None:
+    """Begin to record a training that is under way, in the thread that trains; see ``lens attach``."""
+    _begin_unprepared(lambda: settings, Session.watch_running)
+
+
+def _begin_unprepared(load: Callable[[], Settings], watch: Callable[[Session], None]) -> None:
     if _refused or _session is not None:
         return
     try:
-        settings = Settings.load()
+        settings = load()
         if settings.disabled:
             return
-        session = _begin(settings, process.describe(settings, {}) | {"run": process.run_id(settings, None)}, {})
-        session.watch_unprepared()
+        watch(_begin(settings, process.describe(settings, {}) | {"run": process.run_id(settings, None)}, {}))
     except (RecorderError, SettingsError) as error:
         _refuse(str(error))
     except Exception as error:
@@ -144,6 +152,14 @@ def detach() -> None:
 def enabled() -> bool:
     """Whether this process is recording."""
     return _session is not None
+
+
+def recording() -> dict[str, Any] | None:
+    """Where and as what this process records: ring, rank, run; None while it does not."""
+    if _session is None:
+        return None
+    about = _session.recorder.about
+    return {"ring": _session.recorder.path, "rank": about.get("rank"), "run": about.get("run")}
 
 
 class _Nothing:

@@ -69,6 +69,26 @@ def watch_backward(timeline: Timeline) -> None:
     timeline.part.patch(torch.autograd, "backward", wrapper)
 
 
+def at_next_backward(action: Callable[[], None]) -> None:
+    """Do something once, in the thread that trains, before its next backward pass.
+
+    It is a place where hooks of optimizers may be added and removed: no optimizer is going through them.
+    """
+    import torch
+
+    original = torch.autograd.backward
+
+    @functools.wraps(original)
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.autograd.backward is not first:
+            return original(*args, **kwargs)
+        torch.autograd.backward = original
+        action()
+        return torch.autograd.backward(*args, **kwargs)
+
+    torch.autograd.backward = first
+
+
 def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[], None]) -> None:
     """Time the optimizer's step by its own hooks; it ends a step where steps are not marked by hand."""
     import torch

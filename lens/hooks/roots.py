@@ -72,10 +72,15 @@ class RootSearch:
         return True
 
 
-def watch_every_optimizer(timeline: Timeline, after_step: Callable[[], None]) -> None:
+def watch_every_optimizer(
+    timeline: Timeline, after_step: Callable[[], None], arrive: Callable[[], None] | None = None
+) -> None:
     """Time the step of any optimizer. The one that steps first ends the steps, or another once that one is gone.
 
     Wrappers that step only now and then (gradient accumulation) call the optimizer inside them, which counts.
+
+    Args:
+        arrive: called once, when the first optimizer has stepped: from there on whole steps are seen.
     """
     import torch
     from torch.optim import optimizer as optimizers
@@ -91,7 +96,11 @@ def watch_every_optimizer(timeline: Timeline, after_step: Callable[[], None]) ->
             began = entered(timeline, name)
 
     def after(optimizer: Any, *_: Any) -> None:
-        nonlocal began, ending
+        nonlocal began, ending, arrive
+        if arrive is not None and not compiling():
+            arrived, arrive = arrive, None
+            arrived()
+            return
         if compiling() or not timeline.here():
             return
         if began:

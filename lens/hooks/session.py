@@ -77,10 +77,26 @@ class Session:
         self.unprepared = True
         self._watch_process()
         watch_every_optimizer(self.timeline, self._after_optimizer)
+        self._search_roots()
+
+    def _search_roots(self) -> None:
         self._roots = RootSearch(self.timeline, lambda module: self.watch(module, None))
         self.parts.append(self._roots.part)
         self._watched.append(self._roots)
         self._roots.begin()
+
+    def watch_running(self) -> None:
+        """Find models and optimizers by themselves, from the end of the step that is under way on."""
+        self.unprepared = True
+        self.timeline.part.on = False
+
+        def arrive() -> None:
+            self.timeline.part.on = True
+            self.timeline.arrive()
+            self._watch_process()
+            self._search_roots()
+
+        watch_every_optimizer(self.timeline, self._after_optimizer, arrive)
 
     def end_step(self) -> bool:
         """The step is over; returns whether somebody asks the hook to leave."""
@@ -115,7 +131,9 @@ class Session:
             return
         self.experts.before_step_ends()
         if self._after_step(self.timeline.end_step()):
-            api.detach()
+            # The optimizer is going through its hooks now: taking ours away would end that with an exception.
+            self.forget()
+            automatic.at_next_backward(api.detach)
 
     def _after_step(self, now: int) -> bool:
         if self.values.part.on:

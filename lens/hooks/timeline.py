@@ -131,6 +131,10 @@ class Timeline:
         self.last_end = now
         return now
 
+    def arrive(self) -> None:
+        """A step of which only the end was seen is over: the next one begins here."""
+        self.last_end = _clock()
+
     def abandon_step(self) -> None:
         """An exception left the step: it stays open in the ring, where a post-mortem finds it."""
         self._forget_phases()

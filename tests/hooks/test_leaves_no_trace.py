@@ -152,6 +152,22 @@ def test_the_kill_switch_leaves_everything_alone(monkeypatch: pytest.MonkeyPatch
     assert not rings.exists()
 
 
+def test_leaving_between_an_optimizers_hooks_does_not_disturb_the_users_own(watch: Watch, rings: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    watch(model, optimizer)
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append("after ours"))
+    (ring,) = rings.glob("*/*/main.ring")
+    for _ in range(4):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        write_control(ring, detach=1)
+    assert not lens.enabled()
+    assert len(called) == 4
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
 def test_the_control_page_detaches_at_the_next_step(watch: Watch, rings: Path) -> None:
     before = torch.autograd.backward
     watch(Net())

@@ -1,0 +1,128 @@
+"""One process from the first stop to the first record, and back to how it was."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lens.attach import inject, payload
+from lens.attach.ptrace import TraceError
+from lens.recorder import host_directory, private_directory
+from lens.ring_reader import RingError, RingReader, write_control
+from lens.settings import Settings
+
+WAKE_AFTER_S = 0.5
+"""A main thread that has not looked at its queue after so long may wait for a lock, and is woken once."""
+_LOOK_AGAIN_S = 0.01
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of attaching to a process.
+
+    state: watching, already, waiting (it will be watched at its next backward pass) or failed. stopped_ms: how long
+    its main thread stood still. took_s: until its hooks were in place.
+    """
+
+    pid: int
+    state: str
+    text: str
+    rank: int | None = None
+    ring: Path | None = None
+    stopped_ms: float | None = None
+    took_s: float | None = None
+
+
+def attach(pid: int, settings: Settings, patience_s: float) -> Outcome:
+    """Let the hooks of a running process begin; waits for them so many seconds. Never raises for what the target does.
+
+    Raises:
+        RecorderError: the place of the rings cannot be used.
+    """
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="attach-", dir=private_directory(settings.rings)))
+    report = folder / "report.json"
+    wanted = {
+        "run": settings.run, "name": settings.name, "rings": str(settings.rings.absolute()),
+        "data": str(settings.data.absolute()), "server": settings.server, "agent": False,
+    }  # fmt: skip
+    try:
+        line = payload.line(report, {key: value for key, value in wanted.items() if value is not None}, _attacher())
+        stopped = inject.run_line(pid, line)
+        answer = _answer(pid, report, began + patience_s)
+    except (TraceError, LookupError, OSError) as error:
+        return Outcome(pid, "failed", str(error))
+    finally:
+        # A target that is late writes into a folder that is gone, and takes no harm.
+        shutil.rmtree(folder, ignore_errors=True)
+    ring = answer.get("ring")
+    return Outcome(
+        pid, answer["state"], answer["text"], answer.get("rank"), Path(ring) if ring else None,
+        stopped.stopped_s * 1e3, time.monotonic() - began,
+    )  # fmt: skip
+
+
+def rings_of(pid: int, settings: Settings) -> list[Path]:
+    """The rings that a process writes now."""
+    found = []
+    for path in sorted(host_directory(settings).parent.glob(f"*/{pid}-*/*.ring")):
+        with contextlib.suppress(OSError, RingError):
+            reader = RingReader(path)
+            if not reader.closed:
+                found.append(path)
+            reader.close()
+    return found
+
+
+def ask_to_leave(rings: list[Path]) -> None:
+    """Ask the hooks that write these rings to put everything back; they do so at the end of their step."""
+    for ring in rings:
+        with contextlib.suppress(OSError):
+            write_control(ring, detach=1)
+
+
+def has_left(ring: Path) -> bool:
+    """Whether the hooks that wrote a ring have put everything back."""
+    try:
+        reader = RingReader(ring)
+    except (OSError, RingError):
+        return True
+    closed = reader.closed
+    reader.close()
+    return closed
+
+
+def _answer(pid: int, report: Path, deadline: float) -> Mapping[str, Any]:
+    """The target's last word until then."""
+    answer: dict[str, Any] = {"state": "waiting", "text": "its main thread has run no Python code since"}
+    wake_at = time.monotonic() + WAKE_AFTER_S
+    woken = False
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            answer = json.loads(report.read_text())
+            woken = True
+        if answer["state"] != "waiting":
+            break
+        if not woken and time.monotonic() > wake_at:
+            woken = True
+            with contextlib.suppress(TraceError, OSError):
+                inject.wake(pid)
+        time.sleep(_LOOK_AGAIN_S)
+    return answer
+
+
+def _attacher() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = str(os.getuid())
+    return f"{name} (process {os.getpid()}) at {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -1,0 +1,344 @@
+"""What is so about a process and about us, and which rule, if any, forbids attaching. Reads; changes nothing.
+
+`look` gathers the facts, `judge` decides by them alone, so that every rule can be tested without its kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lens.attach import inject
+
+OLDEST, NEWEST = (3, 10), (3, 13)
+"""Versions of CPython whose pending calls run in the main thread as soon as it runs Python code."""
+MACHINES = ("x86_64",)
+CAP_SYS_PTRACE = 1 << 19
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a device",
+    "T": "stopped",
+    "t": "traced",
+    "Z": "ended",
+}
+_VERSION = re.compile(r"python(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read. None: it could not be read."""
+
+    pid: int
+    state: str | None
+    """The letter of /proc/PID/stat; None when there is no such process."""
+    owner: int | None = None
+    own_uid: int = 0
+    capable: bool = False
+    """Whether we may trace processes of other users (CAP_SYS_PTRACE)."""
+    yama: int | None = None
+    """kernel.yama.ptrace_scope; None where the kernel has no Yama."""
+    descendant: bool = False
+    """Whether the process descends from us."""
+    tracer: int = 0
+    machine: str = "x86_64"
+    version: tuple[int, int] | None = None
+    """Of the interpreter; None when it is no Python."""
+    symbols: bool = False
+    """Whether the interpreter's functions can be found."""
+    torch: bool = False
+    """Whether torch is loaded."""
+    forbidden: bool = False
+    """Whether its environment says LENS_ATTACH=0."""
+    readable: bool = True
+    """Whether its memory map could be read."""
+    sees_lens: bool = True
+    """Whether this installation of lens lies in the file system that it sees."""
+    rank: int | None = None
+    world_size: int | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why it cannot be attached to. rule: short name; reason and fix: sentences for people."""
+
+    rule: str
+    reason: str
+    fix: str
+
+
+Rule = Callable[[Facts], Refusal | None]
+
+
+def look(pid: int, proc: Path = Path("/proc")) -> Facts:
+    """Read the facts about a process. Never raises."""
+    folder = proc / str(pid)
+    try:
+        state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        status = _status(folder)
+    except (OSError, IndexError):
+        return Facts(pid, None)
+    environment = _environment(folder)
+    mapped, readable = _mapped(folder)
+    version = _version(mapped)
+    return Facts(
+        pid,
+        state,
+        owner=int(status.get("Uid", "-1").split()[0]),
+        own_uid=os.geteuid(),
+        capable=bool(int(_status(proc / "self").get("CapEff", "0"), 16) & CAP_SYS_PTRACE),
+        yama=_number(proc / "sys/kernel/yama/ptrace_scope"),
+        descendant=_descends(pid, proc),
+        tracer=int(status.get("TracerPid", "0")),
+        machine=platform.machine(),
+        version=version,
+        symbols=version is not None and _has_symbols(pid),
+        torch=any("libtorch" in name for name in mapped),
+        forbidden=environment.get("LENS_ATTACH") == "0",
+        readable=readable,
+        sees_lens=_sees(folder, Path(__file__)),
+        rank=_integer(environment.get("RANK")),
+        world_size=_integer(environment.get("WORLD_SIZE")),
+        command=_command(folder),
+    )
+
+
+def judge(facts: Facts) -> Refusal | None:
+    """The first rule that forbids attaching; None when it can be done."""
+    for rule in RULES:
+        refusal = rule(facts)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _exists(facts: Facts) -> Refusal | None:
+    if facts.state is None or facts.state in "ZX":
+        return Refusal(
+            "no process", f"there is no living process {facts.pid}", "lens attach --help shows how to find it"
+        )
+    return None
+
+
+def _allowed(facts: Facts) -> Refusal | None:
+    if not facts.forbidden:
+        return None
+    return Refusal(
+        "LENS_ATTACH=0",
+        f"process {facts.pid} forbids it: LENS_ATTACH=0 stands in its environment",
+        "ask its owner; the variable can only be changed at its next start",
+    )
+
+
+def _same_user(facts: Facts) -> Refusal | None:
+    if facts.owner == facts.own_uid or facts.owner is None:
+        return None
+    return Refusal(
+        "other user",
+        f"process {facts.pid} belongs to user {facts.owner}, you are {facts.own_uid}",
+        f"sudo -u '#{facts.owner}' {sys.executable} -m lens attach {facts.pid}",
+    )
+
+
+def _yama(facts: Facts) -> Refusal | None:
+    scope = facts.yama
+    if not scope or (facts.capable and scope < 3) or (scope == 1 and facts.descendant):
+        return None
+    said = {
+        1: "only a parent may trace its children here (kernel.yama.ptrace_scope = 1)",
+        2: "only the administrator may trace processes here (kernel.yama.ptrace_scope = 2)",
+        3: "nobody may trace processes here until the next boot (kernel.yama.ptrace_scope = 3)",
+    }
+    fixes = {
+        1: "sudo sysctl kernel.yama.ptrace_scope=0, and back to 1 afterwards",
+        2: f"sudo {sys.executable} -m lens attach {facts.pid}",
+        3: "start the training with lens run from the next time on",
+    }
+    return Refusal(
+        f"Yama {scope}", said.get(scope, f"kernel.yama.ptrace_scope is {scope}"), fixes.get(scope, fixes[3])
+    )
+
+
+def _untraced(facts: Facts) -> Refusal | None:
+    if not facts.tracer:
+        return None
+    return Refusal(
+        "already traced",
+        f"process {facts.tracer} traces it already (a debugger, or another attach)",
+        f"end that first: ps -p {facts.tracer}",
+    )
+
+
+def _not_stopped(facts: Facts) -> Refusal | None:
+    if facts.state not in ("T", "t"):
+        return None
+    return Refusal(
+        "stopped", f"process {facts.pid} is stopped: it runs no Python code", f"kill -CONT {facts.pid}, then attach"
+    )
+
+
+def _readable(facts: Facts) -> Refusal | None:
+    if facts.readable:
+        return None
+    return Refusal(
+        "not readable",
+        f"the memory map of process {facts.pid} cannot be read: it is protected (not dumpable, or in another namespace)",
+        "attach from inside its container, with --cap-add SYS_PTRACE",
+    )
+
+
+def _machine(facts: Facts) -> Refusal | None:
+    if facts.machine in MACHINES:
+        return None
+    return Refusal("architecture", f"attaching is not written for {facts.machine} yet", "start it with lens run")
+
+
+def _python(facts: Facts) -> Refusal | None:
+    if facts.version is not None:
+        return None
+    return Refusal(
+        "not Python",
+        f"process {facts.pid} ({facts.command or 'unknown'}) is no Python interpreter",
+        "name the Python process: lens attach --list",
+    )
+
+
+def _supported(facts: Facts) -> Refusal | None:
+    version = facts.version
+    if version is None or OLDEST <= version <= NEWEST:
+        return None
+    known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    return Refusal(
+        "Python version",
+        f"process {facts.pid} runs Python {version[0]}.{version[1]}; {known} can be attached to",
+        "start it with one of these, or with lens run",
+    )
+
+
+def _symbols(facts: Facts) -> Refusal | None:
+    if facts.symbols:
+        return None
+    return Refusal(
+        "no symbols",
+        f"the interpreter of process {facts.pid} does not show its functions (stripped or linked statically)",
+        "use a Python with its dynamic symbols, such as the distribution's or python.org's",
+    )
+
+
+def _visible(facts: Facts) -> Refusal | None:
+    if facts.sees_lens:
+        return None
+    return Refusal(
+        "file system",
+        f"process {facts.pid} sees another file system, where this lens is not",
+        f"install lens inside its container, or run there: lens attach {facts.pid}",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    _exists, _allowed, _same_user, _yama, _untraced, _not_stopped, _readable, _machine, _python, _supported, _symbols,
+    _visible,
+)  # fmt: skip
+"""In the order in which they are asked: what a person must settle first comes first."""
+
+
+def said(facts: Facts) -> Mapping[str, str]:
+    """The facts for people, a line each."""
+    version = f"{facts.version[0]}.{facts.version[1]}" if facts.version else "no Python"
+    return {
+        "command": facts.command or "n/a",
+        "state": _STATES.get(facts.state or "", facts.state or "no such process"),
+        "interpreter": f"{version}{', torch loaded' if facts.torch else ', torch not loaded'}",
+        "rank": "n/a" if facts.rank is None else f"{facts.rank} of {facts.world_size or 'unknown'}",
+        "user": f"{facts.owner} (you: {facts.own_uid})",
+        "yama": "not in this kernel" if facts.yama is None else str(facts.yama),
+    }
+
+
+def _status(folder: Path) -> dict[str, str]:
+    lines = (folder / "status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    try:
+        words = (folder / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (word.decode(errors="replace").partition("=") for word in words if word)
+    return {name: value for name, _, value in pairs}
+
+
+def _mapped(folder: Path) -> tuple[list[str], bool]:
+    try:
+        lines = (folder / "maps").read_text().splitlines()
+    except OSError:
+        return [], False
+    names = dict.fromkeys(line.split(None, 5)[-1] for line in lines if "/" in line)
+    return list(names), bool(lines)
+
+
+def _version(mapped: list[str]) -> tuple[int, int] | None:
+    """By the names of the interpreter and its library; a file of the standard library may name another one."""
+    for name in mapped:
+        base = Path(name).name
+        found = _VERSION.search(base)
+        if found and (base.startswith(("libpython", "python"))):
+            return int(found[1]), int(found[2])
+    for name in mapped:
+        if "/lib-dynload/" in name and (found := _VERSION.search(name)):
+            return int(found[1]), int(found[2])
+    return None
+
+
+def _has_symbols(pid: int) -> bool:
+    try:
+        inject.locate(pid)
+    except (LookupError, OSError):
+        return False
+    return True
+
+
+def _sees(folder: Path, file: Path) -> bool:
+    try:
+        theirs = (folder / "root" / str(file.resolve()).lstrip("/")).stat()
+    except OSError:
+        return False
+    ours = file.stat()
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _descends(pid: int, proc: Path) -> bool:
+    own = os.getpid()
+    while pid > 1:
+        if pid == own:
+            return True
+        try:
+            pid = int((proc / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError, ValueError):
+            return False
+    return False
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _integer(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
+
+
+def _command(folder: Path) -> str:
+    try:
+        return (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:200]
+    except OSError:
+        return ""

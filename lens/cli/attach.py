@@ -1,0 +1,160 @@
+"""See into a training that is already running, without a restart and without a line in it.
+
+    lens attach PID                 one process
+    lens attach --all-ranks PID     every rank below a torchrun launcher
+    lens attach --all-ranks         every rank of yours on this host
+    lens attach --check PID         only say what would work and what would not
+
+The main thread of each process stands still for about a millisecond; from its next step on it is recorded like one
+that lens started. `lens detach PID` takes everything out again. Linux on x86-64, CPython 3.10 to 3.13.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from lens.attach import attached, preflight, targets
+from lens.attach.attached import Outcome
+from lens.attach.preflight import Facts, Refusal
+from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
+from lens.cli.options import add_data, add_server, settings_of
+from lens.cli.processes import wait_until
+from lens.cli.run import new_run_id
+from lens.reading.connection import owner_of
+from lens.settings import Settings
+
+HELP = "see into a training that is already running"
+SERVER_PATIENCE_S = 60.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("pid", type=int, nargs="?", metavar="PID", help="the process, or its launcher")
+    parser.add_argument("--all-ranks", action="store_true", help="every rank below PID, or of yours on this host")
+    parser.add_argument("--check", action="store_true", help="change nothing: only say what would work")
+    parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds for its next step to come")
+    parser.add_argument("--duration", type=float, metavar="S", help="detach again after so many seconds")
+    parser.add_argument("--run", help="run id (default: drawn)")
+    parser.add_argument("--name", help="a name for people")
+    add_server(parser)
+    add_data(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Attach, and say what came of it, process by process."""
+    chosen = _chosen(arguments)
+    judged = [(facts, preflight.judge(facts)) for facts in chosen]
+    if arguments.check:
+        return _report_check(judged, arguments.json)
+    refused = [refusal for _, refusal in judged if refusal is not None]
+    if refused:
+        raise CommandError(refused[0].reason, refused[0].fix)
+    settings = _serving(arguments)
+    outcomes = [attached.attach(facts.pid, settings, arguments.wait) for facts in chosen]
+    _report(outcomes, settings, arguments.json)
+    if arguments.duration is not None:
+        time.sleep(arguments.duration)
+        attached.ask_to_leave([outcome.ring for outcome in outcomes if outcome.ring])
+    return FAILED if any(outcome.state == "failed" for outcome in outcomes) else DONE
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Facts]:
+    if arguments.pid is None and not arguments.all_ranks:
+        raise CommandError("no process was named", "lens attach PID, or every rank of yours: --all-ranks", UNUSABLE)
+    if not arguments.all_ranks:
+        facts = preflight.look(arguments.pid)
+        ranks = targets.below(arguments.pid) if facts.state else []
+        if ranks and facts.pid not in [rank.pid for rank in ranks]:
+            pids = ", ".join(str(rank.pid) for rank in ranks)
+            raise CommandError(
+                f"process {facts.pid} is a launcher; the processes below it that train are {pids}",
+                f"lens attach --all-ranks {facts.pid}",
+                UNUSABLE,
+            )
+        return [facts]
+    found = targets.here() if arguments.pid is None else targets.below(arguments.pid)
+    if not found:
+        where = "on this host" if arguments.pid is None else f"below process {arguments.pid}"
+        raise CommandError(
+            f"no process {where} has torch loaded", "ps -ef shows what runs; name it: lens attach PID"
+        )
+    return found
+
+
+def _serving(arguments: argparse.Namespace) -> Settings:
+    """Settings of the run, with a server that takes its records and an agent that ships them."""
+    settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "attached")
+    if settings.server is None:
+        if owner_of(settings.data) is None:
+            _start_server(settings)
+        settings = dataclasses.replace(settings, server=str((owner_of(settings.data) or {}).get("url")))
+    if not settings.agent:
+        return settings
+    try:
+        from lens.collectors.agent import ensure_agent
+    except ImportError as error:
+        raise missing_extra(error, "all") from error
+    ensure_agent(dataclasses.replace(settings, token=settings.read_token()))
+    return settings
+
+
+def _start_server(settings: Settings) -> None:
+    """A server that stays when we are gone: what it keeps is to be looked at."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lens", "serve", "--data", str(settings.data), "--port", "0"]
+    with (settings.data / "server.log").open("ab") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    if not wait_until(lambda: owner_of(settings.data) is not None, SERVER_PATIENCE_S, child):
+        raise CommandError(
+            "no server could be started",
+            f"see {settings.data / 'server.log'}, or name one: --server URL",
+            UNREACHABLE,
+        )
+    print(f"lens: started a server (process {child.pid}); end it with: kill {child.pid}", file=sys.stderr)
+
+
+def _report(outcomes: list[Outcome], settings: Settings, as_json: bool) -> None:
+    page = f"{settings.server}/run/{settings.run}"
+    if as_json:
+        found = [
+            {**dataclasses.asdict(outcome), "ring": str(outcome.ring) if outcome.ring else None}
+            for outcome in outcomes
+        ]
+        print(json.dumps({"run": settings.run, "url": page, "processes": found}), flush=True)
+        return
+    for outcome in outcomes:
+        stood = "" if outcome.stopped_ms is None else f", stood still {outcome.stopped_ms:.1f} ms"
+        rank = "" if outcome.rank is None else f" rank {outcome.rank}"
+        said = f": {outcome.text}" if outcome.text else ""
+        print(f"{outcome.pid}{rank}  {outcome.state}{said}{stood}")
+    token = settings.read_token()
+    print(f"\npage:  {page}{f'?token={token}' if token else ''}\nrun:   {settings.run}", flush=True)
+
+
+def _report_check(judged: list[tuple[Facts, Refusal | None]], as_json: bool) -> int:
+    code = FAILED if any(refusal for _, refusal in judged) else DONE
+    if as_json:
+        found: list[dict[str, Any]] = [
+            {
+                "pid": facts.pid,
+                "rank": facts.rank,
+                "can": refusal is None,
+                "refusal": dataclasses.asdict(refusal) if refusal else None,
+            }
+            for facts, refusal in judged
+        ]
+        print(json.dumps({"processes": found}))
+        return code
+    for facts, refusal in judged:
+        print(f"process {facts.pid}")
+        for name, text in preflight.said(facts).items():
+            print(f"  {name:<12} {text}")
+        verdict = "can be attached to" if refusal is None else f"{refusal.reason}\n{'':<15}{refusal.fix}"
+        print(f"  {'attach':<12} {verdict}")
+    return code

@@ -1,0 +1,152 @@
+"""An unprepared training: attached to, seen, left; the same numbers and the same names as if nobody had looked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens.ring_reader import RingReader
+from lens.slots import PHASE, STEP, iter_records
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(200)]
+TRAINING = """
+import sys, time, torch
+from pathlib import Path
+from torch.optim import optimizer as optimizers
+
+def names():
+    return [
+        torch.autograd.backward, torch.nn.Module.__call__, torch.nn.Linear.forward, sys.excepthook,
+        torch.utils.data.dataloader._BaseDataLoaderIter.__next__, torch.optim.Optimizer.__init__,
+        len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks),
+    ]
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizers.register_optimizer_step_post_hook(lambda *_: None)  # the program's own, before ours
+before, forwards = names(), [module.forward for module in model.modules()]
+loader = torch.utils.data.DataLoader(torch.randn(100_000, 16), batch_size=4)
+stop = Path(sys.argv[1])
+steps = int(sys.argv[2])
+for step, batch in enumerate(loader):
+    loss = model(batch).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(step, loss.item().hex(), flush=True)
+    time.sleep(0.002)
+    if stop.exists() or step + 1 == steps:
+        break
+same = before == names() and forwards == [module.forward for module in model.modules()]
+print("same names" if same else f"CHANGED {before} {names()}", flush=True)
+"""
+
+
+class Training:
+    """The training in a process of its own, and `lens` beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ, "LENS_RINGS": str(folder / "rings"), "LENS_DATA": str(folder / "data"), "LENS_AGENT": "0",
+            "LENS_HOST": "host0",
+        }  # fmt: skip
+        self.stop = folder / "stop"
+
+    def start(self, steps: int) -> subprocess.Popen[str]:
+        script = self.folder / "train.py"
+        script.write_text(TRAINING)
+        return subprocess.Popen(
+            [sys.executable, str(script), str(self.stop), str(steps)],
+            stdout=(self.folder / "out").open("w"), stderr=subprocess.PIPE, text=True, env=self.environment,
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        return (self.folder / "out").read_text().splitlines()
+
+    def lens(self, *words: str) -> dict[str, Any]:
+        found = subprocess.run(
+            [sys.executable, "-m", "lens", *words, "--json"],
+            capture_output=True, text=True, env=self.environment, timeout=100,
+        )  # fmt: skip
+        assert found.stdout, found.stderr
+        reply: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+        return reply
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    return Training(tmp_path)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def recorded(ring: Path) -> tuple[list[int], set[str]]:
+    """Steps and phases of a ring."""
+    reader = RingReader(ring)
+    steps, phases = [], set()
+    while (part := reader.poll()) is not None:
+        for record in iter_records(part):
+            if record["type"] == STEP:
+                steps.append(record["step"])
+            elif record["type"] == PHASE:
+                phases.add(record["name"])
+    return steps, phases
+
+
+def test_a_training_is_seen_left_and_seen_again_and_computes_what_it_would_have(
+    training: Training, tmp_path: Path
+) -> None:
+    process = training.start(100_000)
+    wait_for(lambda: len(training.lines()) > 20)
+    # A server of a name nobody has: records stay in the ring, and no agent is started.
+    attach = ("attach", str(process.pid), "--server", "http://127.0.0.1:9", "--wait", "60")
+    for _ in range(2):
+        reply = training.lens(*attach)
+        (found,) = reply["processes"]
+        assert found["state"] == "watching", found
+        ring = Path(found["ring"])
+        seen = len(training.lines())
+        wait_for(lambda seen=seen: len(training.lines()) > seen + 30)
+        steps, phases = recorded(ring)
+        assert steps == list(range(steps[0], steps[0] + len(steps)))
+        assert len(steps) >= 20
+        assert {"data", "forward", "backward", "optimizer"} <= phases
+        assert training.lens(*attach)["processes"][0]["state"] == "already"
+        assert training.lens("detach", str(process.pid)) == {"processes": [{"pid": process.pid, "left": True}]}
+        seen = len(training.lines())
+        wait_for(lambda seen=seen: len(training.lines()) > seen + 10)
+    training.stop.touch()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert said.count("lens: attached by") == 2
+    watched = training.lines()
+    assert watched[-1] == "same names"
+    training.stop.unlink()
+    training.start(len(watched) - 1).communicate(timeout=100)
+    assert training.lines() == watched
+
+
+def test_what_cannot_be_attached_to_is_refused_with_a_fix(training: Training) -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        reply = training.lens("attach", str(sleeper.pid))
+        assert "is no Python interpreter" in reply["error"]
+        assert reply["hint"]
+        checked = training.lens("attach", "--check", str(sleeper.pid))["processes"][0]
+        assert (checked["can"], checked["refusal"]["rule"]) == (False, "not Python")
+        sleeper.kill()
+    assert "none of these processes is watched" in training.lens("detach", str(os.getpid()))["error"]

@@ -1,0 +1,107 @@
+"""A line queued in a running interpreter is run once, and the interpreter goes on, whichever version it is."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lens.attach import inject
+from lens.attach.preflight import OLDEST, judge, look
+
+pytestmark = pytest.mark.processes
+TIMES = 20
+
+
+def interpreters() -> list[str]:
+    """One interpreter of each version that can be attached to, as far as this machine has them."""
+    found: dict[str, str] = {f"3.{sys.version_info[1]}": sys.executable}
+    pyenv = Path(shutil.which("pyenv") or "/nowhere").resolve().parents[1] / "versions"
+    for minor in range(OLDEST[1], 14):
+        here = sorted(pyenv.glob(f"3.{minor}.*/bin/python3"))
+        name = shutil.which(f"python3.{minor}")
+        if here:
+            found.setdefault(f"3.{minor}", str(here[-1]))
+        elif name and "shims" not in name:
+            found.setdefault(f"3.{minor}", name)
+    return list(found.values())
+
+
+ALLOCATING = """
+print('here', flush=True)
+while True:
+    kept = [{'n': n} for n in range(1000)]
+"""
+JOINING = """
+import threading
+thread = threading.Thread(target=threading.Event().wait, daemon=True)
+thread.start()
+print('here', flush=True)
+thread.join()
+"""
+
+
+@contextmanager
+def running(program: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen([program, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    try:
+        refusal = judge(look(child.pid))
+        if refusal is not None and refusal.rule.startswith("Yama"):
+            pytest.skip(f"this kernel forbids it: {refusal.reason}")
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("program", interpreters())
+def test_every_line_is_run_once_and_the_target_goes_on(program: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(program, ALLOCATING) as child:
+        places = inject.locate(child.pid)
+        for number in range(TIMES):
+            inject.run_line(child.pid, f"open({str(out)!r}, 'a').write('{number} ')", places)
+            assert wait_for(lambda number=number: out.exists() and f"{number} " in out.read_text())
+        assert child.poll() is None
+    assert out.read_text().split() == [str(number) for number in range(TIMES)]
+
+
+def test_a_main_thread_that_waits_for_another_is_woken_and_waits_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(sys.executable, JOINING) as child:
+        time.sleep(0.3)
+        inject.run_line(child.pid, f"open({str(out)!r}, 'w').write('x')")
+        assert inject.wake(child.pid)
+        assert wait_for(out.exists)
+        time.sleep(0.2)
+        assert child.poll() is None
+
+
+def test_signals_sent_meanwhile_arrive_afterwards(tmp_path: Path) -> None:
+    code = (
+        "import signal\ncount = 0\ndef note(*_):\n    global count\n    count += 1\n"
+        f"    open({str(tmp_path / 'count')!r}, 'w').write(str(count))\n"
+        "signal.signal(signal.SIGUSR1, note)\n" + ALLOCATING
+    )
+    with running(sys.executable, code) as child:
+        for number in range(1, 11):
+            child.send_signal(10)
+            inject.run_line(child.pid, "pass")
+            count = tmp_path / "count"
+            assert wait_for(lambda number=number, count=count: count.exists() and count.read_text() == str(number))
+        assert child.poll() is None

@@ -1,0 +1,99 @@
+"""Which rule refuses an attach, and what it says; by the facts alone, and on real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from lens.attach.preflight import Facts, judge, look
+
+GOOD = Facts(
+    4711, "R", owner=1000, own_uid=1000, version=(3, 12), symbols=True, torch=True, rank=0, world_size=8,
+    command="python train.py",
+)  # fmt: skip
+REFUSED = {
+    "no process": {"state": None},
+    "LENS_ATTACH=0": {"forbidden": True},
+    "other user": {"owner": 1001},
+    "Yama 1": {"yama": 1},
+    "Yama 2": {"yama": 2},
+    "Yama 3": {"yama": 3, "capable": True},
+    "already traced": {"tracer": 99},
+    "stopped": {"state": "T"},
+    "not readable": {"readable": False},
+    "architecture": {"machine": "riscv64"},
+    "not Python": {"version": None, "symbols": False},
+    "Python version": {"version": (3, 8)},
+    "no symbols": {"symbols": False},
+    "file system": {"sees_lens": False},
+}
+
+
+@pytest.mark.parametrize("rule", REFUSED)
+def test_each_rule_refuses_by_its_name_and_says_what_to_do(rule: str) -> None:
+    refusal = judge(replace(GOOD, **REFUSED[rule]))
+    assert refusal is not None
+    assert refusal.rule == rule
+    assert len(refusal.reason) > 20
+    assert len(refusal.fix) > 10
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [{}, {"yama": 0}, {"yama": 1, "descendant": True}, {"yama": 1, "capable": True}, {"yama": 2, "capable": True}],
+)
+def test_what_the_kernel_allows_is_not_refused(allowed: dict[str, object]) -> None:
+    assert judge(replace(GOOD, **allowed)) is None
+
+
+@contextmanager
+def process(*words: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(words, env={**os.environ, **environment}, stdout=subprocess.PIPE)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+LOOP = "print('here', flush=True)\nwhile True: pass"
+
+
+def rule_of(pid: int) -> str | None:
+    refusal = judge(look(pid))
+    return refusal.rule if refusal else None
+
+
+def test_a_real_python_of_ours_can_be_attached_to() -> None:
+    with process(sys.executable, "-c", LOOP) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        facts = look(child.pid)
+        assert facts.version == sys.version_info[:2]
+        assert facts.descendant
+        assert judge(facts) is None
+
+
+def test_real_processes_are_refused_for_what_they_are() -> None:
+    with process("sleep", "60") as child:
+        assert rule_of(child.pid) == "not Python"
+    with process(sys.executable, "-c", LOOP, LENS_ATTACH="0") as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert rule_of(child.pid) == "LENS_ATTACH=0"
+    with process(sys.executable, "-c", LOOP) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGSTOP)
+        while look(child.pid).state != "T":
+            time.sleep(0.01)
+        assert rule_of(child.pid) == "stopped"
+    assert rule_of(2**22 + 1) == "no process"
