@@ -156,7 +156,7 @@ def _without_own_frames(error: BaseException, traceback: Any) -> Any:
 
 def _users_part(traceback: Any) -> Any:
     kept = [entry for entry in _entries(traceback) if not entry.tb_frame.f_code.co_filename.startswith(_HOOKS)]
-    for entry, following in zip(kept, [*kept[1:], None], strict=True):
+    for entry, following in itertools.zip_longest(kept, kept[1:]):
         entry.tb_next = following
     return kept[0] if kept else None
 

@@ -272,6 +272,19 @@ def test_an_error_ends_the_process_as_it_would_without_lens(rings: Path) -> None
     assert event["attrs"] == {"type": "ValueError", "message": "the user's own"}
 
 
+def test_an_error_caused_by_one_that_was_never_raised_is_still_shown(
+    watch: Watch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watch()
+    try:
+        raise ValueError("the user's own") from KeyError("never raised")
+    except ValueError as error:
+        sys.excepthook(ValueError, error, error.__traceback__)
+    shown = capfd.readouterr().err
+    assert "never raised" in shown
+    assert "the user's own" in shown
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["no room", "not a directory"])
 def test_without_room_for_a_ring_training_goes_on_with_one_line(rings: Path, where: str) -> None:
