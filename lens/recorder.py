@@ -1,7 +1,11 @@
 """The recorder: a memory-mapped ring of slots that a producing thread writes and the agent reads.
 
-No lock, no thread, no system call on the way: a record is one ``struct.pack_into``. Whatever was written before a
-``kill -9`` is in the file. See `lens.slots` for the slot itself.
+No lock, no thread, no system call on the way. Whatever was written before a ``kill -9`` is in the file. See
+`lens.slots` for the slot itself.
+
+A record in the midst of a training step is met with cold caches: what it costs is the code and memory it touches for
+the first time since the last one. So short records are written word by word through one `memoryview`, and only the
+words that their type has; ``struct`` alone would cost more than all the rest.
 
 A ring file is: header page · control page · string table · slots. Header words (int64):
 
@@ -19,7 +23,7 @@ Only the standard library is used: training processes load this.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import mmap
 import os
@@ -29,14 +33,23 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lens.ring_files import (
+    RecorderError,
+    allocate,
+    free_name,
+    host_directory,
+    private_directory,
+    start_ticks,
+)
 from lens.settings import Settings
 from lens.slots import (
     COLLECTIVE,
     EVENT,
+    FIRST_PAYLOAD_WORDS,
+    NEXT_PAYLOAD_WORDS,
     NULL,
     OWN_RANK,
     PHASE,
@@ -55,21 +68,16 @@ STRING_BYTES = 256 * 1024
 SLOT_COUNT_WORD, STRINGS_AT_WORD, STRINGS_SIZE_WORD, SLOTS_AT_WORD = 2, 3, 4, 5
 PID_WORD, THREAD_WORD, CLOSED_WORD, STRINGS_USED_WORD, STRINGS_REFUSED_WORD = 6, 7, 8, 9, 10
 OPEN_COLLECTIVE_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD = 16, 24, 32
+CONTROL_WORD = PAGE // 8
 CONTROL_WORDS = ("detach", "detail", "profile_step", "profile_steps", "backoff_pct", "agent_seen_ns")
 
 _WORD = struct.Struct("<q")
 _SLOT = struct.Struct("<16q")
-_WIDE = struct.Struct("<7q8dq")
-_MORE = struct.Struct("<q14dq")
-_OPEN_COLLECTIVE = struct.Struct("<5q")
-_OPEN_PAIR = struct.Struct("<3q")
+_WIDE, _MORE = "7q8dq", "q14dq"
+_FIRST, _NEXT = FIRST_PAYLOAD_WORDS, NEXT_PAYLOAD_WORDS
 _HEADER = struct.Struct("<9q")
 _CONTROL = struct.Struct(f"<{len(CONTROL_WORDS)}q")
 _SEVERITY_WORD = {"info": 0, "warning": 1, "error": 2}
-
-
-class RecorderError(RuntimeError):
-    """The recorder cannot record here; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -84,39 +92,6 @@ class Control:
     agent_seen_ns: int = 0
 
 
-def start_ticks(pid: int) -> int:
-    """When the process started, in clock ticks since boot: with the pid it names a process for good.
-
-    Raises:
-        OSError: no such process.
-    """
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rsplit(")", 1)[1].split()[19])
-
-
-def private_directory(path: Path) -> Path:
-    """The directory, made if missing, for this user alone.
-
-    Raises:
-        RecorderError: it is a link, belongs to somebody else, or others may read it.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise RecorderError(f"no recorder: {path} cannot be made ({error.strerror}); set LENS_RINGS") from error
-    if not path.is_dir() or path.is_symlink():
-        raise RecorderError(f"no recorder: {path} is not a plain directory; set LENS_RINGS")
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise RecorderError(f"no recorder: {path} is not private to this user; remove it or set LENS_RINGS")
-    return path
-
-
-def host_directory(settings: Settings) -> Path:
-    """Where the rings of this host's processes lie."""
-    return settings.rings / (settings.host.replace("/", "_") or "host")
-
-
 class Recorder:
     """Writes one ring. Belongs to one thread; `for_thread` gives another thread its own.
 
@@ -124,6 +99,24 @@ class Recorder:
     can never overwrite its parent's slots.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_floats",
+        "_map",
+        "_others",
+        "_pid",
+        "_settings",
+        "_size",
+        "_strings",
+        "_strings_used",
+        "_thread",
+        "about",
+        "first_word",
+        "mask",
+        "next",
+        "path",
+        "words",
+    )
     _living: ClassVar[weakref.WeakSet[Recorder]] = weakref.WeakSet()
 
     def __init__(self, path: Path, settings: Settings, about: dict[str, Any]) -> None:
@@ -135,20 +128,23 @@ class Recorder:
         self._others: dict[int, Recorder] = {}
         self._strings: dict[str, int] = {"": 0}
         self._strings_used = 0
-        self._next = 1
+        self.next = 1
+        """Sequence of the next slot."""
         count = 1 << max(6, (settings.ring_mib * 1024 * 1024 // SLOT_BYTES).bit_length() - 1)
-        self._mask = count - 1
-        self._slots_at = 2 * PAGE + STRING_BYTES
-        self._size = self._slots_at + count * SLOT_BYTES
-        self._map = _allocate(path, self._size)
-        self._bind()
+        self.mask = count - 1
+        slots_at = 2 * PAGE + STRING_BYTES
+        self.first_word = slots_at // 8
+        """Index in `words` of the first slot; the slot of sequence s begins 16 * (s - 1 & mask) words behind it."""
+        self._size = slots_at + count * SLOT_BYTES
+        self._map = allocate(path, self._size)
+        self._view()
         words = (
             MAGIC,
             VERSION,
             count,
             2 * PAGE,
             STRING_BYTES,
-            self._slots_at,
+            slots_at,
             self._pid,
             threading.get_native_id(),
         )
@@ -179,7 +175,7 @@ class Recorder:
             "pid": pid,
             "start_ticks": start_ticks(pid),
         }
-        recorder = cls(_free_name(directory, "main"), settings, full)
+        recorder = cls(free_name(directory, "main"), settings, full)
         recorder.describe()
         return recorder
 
@@ -191,7 +187,7 @@ class Recorder:
         other = self._others.get(thread)
         if other is None:
             name = f"thread-{threading.get_native_id()}"
-            other = Recorder(_free_name(self.path.parent, name), self._settings, self.about)
+            other = Recorder(free_name(self.path.parent, name), self._settings, self.about)
             self._others[thread] = other
         return other
 
@@ -215,8 +211,7 @@ class Recorder:
             return found
         data = text.encode("utf-8", "replace")
         if self._strings_used + 4 + len(data) > STRING_BYTES:
-            refused = _WORD.unpack_from(self._map, STRINGS_REFUSED_WORD * 8)[0]
-            _WORD.pack_into(self._map, STRINGS_REFUSED_WORD * 8, refused + 1)
+            self.words[STRINGS_REFUSED_WORD] += 1
             return 0
         at = 2 * PAGE + self._strings_used
         self._map[at : at + 4 + len(data)] = len(data).to_bytes(4, "little") + data
@@ -224,20 +219,15 @@ class Recorder:
         number = len(self._strings)
         self._strings[text] = number
         # Written last: a reader that sees the new size sees the text too.
-        _WORD.pack_into(self._map, STRINGS_USED_WORD * 8, self._strings_used)
+        self.words[STRINGS_USED_WORD] = self._strings_used
         return number
-
-    def _bind(self) -> None:
-        """Header writers that cost no Python frame: a hook calls them around every collective and phase.
-
-        note_collective(t0, ids, seq, size, step), note_phase(t0, name id, step).
-        """
-        self.note_collective = partial(_OPEN_COLLECTIVE.pack_into, self._map, OPEN_COLLECTIVE_WORD * 8)
-        self.note_phase = partial(_OPEN_PAIR.pack_into, self._map, OPEN_PHASE_WORD * 8)
 
     def enter_step(self, step: int, t0: int) -> None:
         """Note in the header that a step has begun: what a killed rank was in can be read afterwards."""
-        _OPEN_PAIR.pack_into(self._map, OPEN_STEP_WORD * 8, t0, step, 0)
+        words = self.words
+        words[OPEN_STEP_WORD] = t0
+        words[OPEN_STEP_WORD + 1] = step
+        words[OPEN_STEP_WORD + 2] = 0
 
     def step(
         self,
@@ -253,36 +243,61 @@ class Recorder:
         overhead_ns: int = NULL,
     ) -> None:
         """Record one step of this rank; times CLOCK_MONOTONIC ns."""
-        seq = self._next
-        self._next = seq + 1
-        _SLOT.pack_into(
-            self._map, self._slots_at + ((seq - 1 & self._mask) << 7),
-            seq, STEP, t0, t1, step, 0, tokens, micro_batches, seq_sq, recompiles, gc_ns, log_ns, overhead_ns,
-            0, 0, seq,
-        )  # fmt: skip
-        _OPEN_PAIR.pack_into(self._map, OPEN_STEP_WORD * 8, 0, step, t1)
+        words, seq = self.words, self.next
+        at = self.first_word + ((seq - 1 & self.mask) << 4)
+        words[at] = seq
+        words[at + 1] = STEP
+        words[at + 2] = t0
+        words[at + 3] = t1
+        words[at + 4] = step
+        words[at + 5] = 0
+        words[at + 6] = tokens
+        words[at + 7] = micro_batches
+        words[at + 8] = seq_sq
+        words[at + 9] = recompiles
+        words[at + 10] = gc_ns
+        words[at + 11] = log_ns
+        words[at + 12] = overhead_ns
+        words[at + 15] = seq
+        self.next = seq + 1
+        words[OPEN_STEP_WORD] = 0
+        words[OPEN_STEP_WORD + 1] = step
+        words[OPEN_STEP_WORD + 2] = t1
 
     def enter_phase(self, name_id: int, t0: int, step: int) -> None:
         """Note in the header that a phase has begun."""
-        _OPEN_PAIR.pack_into(self._map, OPEN_PHASE_WORD * 8, t0, name_id, step)
+        words = self.words
+        words[OPEN_PHASE_WORD] = t0
+        words[OPEN_PHASE_WORD + 1] = name_id
+        words[OPEN_PHASE_WORD + 2] = step
 
     def phase(self, name_id: int, t0: int, t1: int, step: int, micro_batch: int = NULL) -> None:
         """Record one phase of a step; times CLOCK_MONOTONIC ns."""
-        seq = self._next
-        self._next = seq + 1
-        _SLOT.pack_into(
-            self._map, self._slots_at + ((seq - 1 & self._mask) << 7),
-            seq, PHASE, t0, t1, step, name_id, micro_batch, 0, 0, 0, 0, 0, 0, 0, 0, seq,
-        )  # fmt: skip
-        _WORD.pack_into(self._map, OPEN_PHASE_WORD * 8, 0)
+        words, seq = self.words, self.next
+        at = self.first_word + ((seq - 1 & self.mask) << 4)
+        words[at] = seq
+        words[at + 1] = PHASE
+        words[at + 2] = t0
+        words[at + 3] = t1
+        words[at + 4] = step
+        words[at + 5] = name_id
+        words[at + 6] = micro_batch
+        words[at + 15] = seq
+        self.next = seq + 1
+        words[OPEN_PHASE_WORD] = 0
 
     def leave_phase(self) -> None:
         """Note in the header that the phase was left without recording it: whose it is will be known later."""
-        _WORD.pack_into(self._map, OPEN_PHASE_WORD * 8, 0)
+        self.words[OPEN_PHASE_WORD] = 0
 
-    def enter_collective(self, ids: int, t0: int, seq: int, size: int, step: int) -> None:
+    def enter_collective(self, ids: int, t0: int, number: int, size: int, step: int) -> None:
         """Note in the header that a collective was entered; ids = op id | group id << 32, size in bytes."""
-        _OPEN_COLLECTIVE.pack_into(self._map, OPEN_COLLECTIVE_WORD * 8, t0, ids, seq, size, step)
+        words = self.words
+        words[OPEN_COLLECTIVE_WORD] = t0
+        words[OPEN_COLLECTIVE_WORD + 1] = ids
+        words[OPEN_COLLECTIVE_WORD + 2] = number
+        words[OPEN_COLLECTIVE_WORD + 3] = size
+        words[OPEN_COLLECTIVE_WORD + 4] = step
 
     def collective(
         self,
@@ -299,14 +314,24 @@ class Recorder:
         peer_flags: int = 0,
     ) -> None:
         """Record one collective: ids = op | group << 32, number = the group's own sequence, size in bytes."""
-        seq = self._next
-        self._next = seq + 1
-        _SLOT.pack_into(
-            self._map, self._slots_at + ((seq - 1 & self._mask) << 7),
-            seq, COLLECTIVE, t0, t1, step, ids, number, size, t_wait, t_done, dtype_phase, layer_micro_batch,
-            peer_flags, 0, 0, seq,
-        )  # fmt: skip
-        _WORD.pack_into(self._map, OPEN_COLLECTIVE_WORD * 8, 0)
+        words, seq = self.words, self.next
+        at = self.first_word + ((seq - 1 & self.mask) << 4)
+        words[at] = seq
+        words[at + 1] = COLLECTIVE
+        words[at + 2] = t0
+        words[at + 3] = t1
+        words[at + 4] = step
+        words[at + 5] = ids
+        words[at + 6] = number
+        words[at + 7] = size
+        words[at + 8] = t_wait
+        words[at + 9] = t_done
+        words[at + 10] = dtype_phase
+        words[at + 11] = layer_micro_batch
+        words[at + 12] = peer_flags
+        words[at + 15] = seq
+        self.next = seq + 1
+        words[OPEN_COLLECTIVE_WORD] = 0
 
     def row(
         self,
@@ -366,86 +391,93 @@ class Recorder:
 
     def detach_asked(self) -> bool:
         """Whether the control page asks the hook to leave: what is read once a step."""
-        return bool(_WORD.unpack_from(self._map, PAGE)[0])
+        return self.words[CONTROL_WORD] != 0
 
     def close(self, clean: bool = True) -> None:
         """Mark the ring as closed; the file stays for the agent, which removes it once it has everything."""
         for other in self._others.values():
             other.close(clean)
         if os.getpid() == self._pid:
-            _WORD.pack_into(self._map, CLOSED_WORD * 8, 1 if clean else 0)
+            self.words[CLOSED_WORD] = 1 if clean else 0
         Recorder._living.discard(self)
 
     def _numbers(
         self, kind: int, rank: int, t: int, step: int, ids: int, count_word: int, values: Sequence[float]
     ) -> None:
+        count = len(values)
+        if count > _FIRST:
+            self._many_numbers(kind | rank << 32, t, step, ids, count_word, values)
+            return
+        words, seq = self.words, self.next
+        at = self.first_word + ((seq - 1 & self.mask) << 4)
+        words[at] = seq
+        words[at + 1] = kind | rank << 32
+        words[at + 2] = t
+        words[at + 3] = NULL
+        words[at + 4] = step
+        words[at + 5] = ids
+        words[at + 6] = count_word
+        floats, place = self._floats, at + 7
+        for value in values:
+            floats[place] = value
+            place += 1
+        words[at + 15] = seq
+        self.next = seq + 1
+
+    def _many_numbers(
+        self, kind_rank: int, t: int, step: int, ids: int, count_word: int, values: Sequence[float]
+    ) -> None:
         more = continuations(len(values))
-        seq = self._next
-        self._next = seq + 1 + more
-        at = self._slots_at + ((seq - 1 & self._mask) << 7)
-        first = values if len(values) == 8 else (*values[:8], *(0.0,) * (8 - len(values[:8])))
-        _WIDE.pack_into(
-            self._map, at, seq, kind | more << 8 | rank << 32, t, NULL, step, ids, count_word, *first, seq
+        seq = self.next
+        self.next = seq + 1 + more
+        fields = [seq, kind_rank | more << 8, t, NULL, step, ids, count_word, *values[:_FIRST], seq]
+        for number in range(1, more + 1):
+            end = _FIRST + _NEXT * number
+            fields += (seq + number, *values[end - _NEXT : end], -(seq + number))
+        missing = 16 * (more + 1) - len(fields)
+        fields[-1:-1] = [0.0] * missing
+        index = seq - 1 & self.mask
+        before_end = min(more + 1, self.mask + 1 - index)
+        _slots_of_numbers(before_end, True).pack_into(
+            self._map, (self.first_word + (index << 4)) * 8, *fields[: 16 * before_end]
         )
-        for index in range(more):
-            seq += 1
-            part = values[8 + 14 * index : 22 + 14 * index]
-            padding = (0.0,) * (14 - len(part))
-            at = self._slots_at + ((seq - 1 & self._mask) << 7)
-            _MORE.pack_into(self._map, at, seq, *part, *padding, -seq)
+        if before_end <= more:
+            rest = _slots_of_numbers(more + 1 - before_end, False)
+            rest.pack_into(self._map, self.first_word * 8, *fields[16 * before_end :])
 
     def _text(self, kind: int, rank: int, t0: int, t1: int, step: int, ids: int, body: dict[str, Any]) -> None:
         payload = json.dumps(body, separators=(",", ":"), default=str).encode() if body else b""
         # One record may take at most a quarter of the ring, or it would overwrite its own beginning.
-        payload = payload if len(payload) <= (self._mask + 1) * 28 else b"{}"
+        payload = payload if len(payload) <= (self.mask + 1) * 28 else b"{}"
         more = continuations(-(-len(payload) // 8))
         padded = payload.ljust(64 + more * 112, b"\0")
-        seq = self._next
-        self._next = seq + 1 + more
-        at = self._slots_at + ((seq - 1 & self._mask) << 7)
+        seq = self.next
+        self.next = seq + 1 + more
         words = struct.unpack_from("<8q", padded)
-        head = (seq, kind | more << 8 | rank << 32, t0, t1, step, ids, len(payload))
-        _SLOT.pack_into(self._map, at, *head, *words, seq)
+        self._pack_slot(seq, kind | more << 8 | rank << 32, t0, t1, step, ids, len(payload), *words, seq)
         for index in range(more):
             seq += 1
-            at = self._slots_at + ((seq - 1 & self._mask) << 7)
             words = struct.unpack_from("<14q", padded, 64 + 112 * index)
-            _SLOT.pack_into(self._map, at, seq, *words, -seq)
+            self._pack_slot(seq, *words, -seq)
+
+    def _pack_slot(self, *words: int) -> None:
+        _SLOT.pack_into(self._map, (self.first_word + ((words[0] - 1 & self.mask) << 4)) * 8, *words)
+
+    def _view(self) -> None:
+        self.words = memoryview(self._map).cast("q")
+        self._floats = memoryview(self._map).cast("d")
 
     def _leave_parent(self) -> None:
         # Anonymous memory is only backed when touched: this costs the child nothing until it records.
         self._map = mmap.mmap(-1, self._size)
-        self._bind()
+        self._view()
         self._others = {}
 
 
-def _allocate(path: Path, size: int) -> mmap.mmap:
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise RecorderError(f"no recorder: {path} cannot be made ({error.strerror}); set LENS_RINGS") from error
-    try:
-        # Reserved before it is mapped: writing to a hole on a full disk would kill the process with SIGBUS.
-        os.posix_fallocate(descriptor, 0, size)
-        # Populated: the first touch of a page would otherwise cost the training a fault.
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise RecorderError(
-            f"no recorder: {size >> 20} MiB cannot be had in {path.parent} ({error.strerror}); "
-            "set LENS_RINGS to a local disk with room, or LENS_RING_MIB smaller"
-        ) from error
-    finally:
-        os.close(descriptor)
-
-
-def _free_name(directory: Path, stem: str) -> Path:
-    path, number = directory / f"{stem}.ring", 1
-    while path.exists():
-        number += 1
-        path = directory / f"{stem}-{number}.ring"
-    return path
+@functools.cache
+def _slots_of_numbers(count: int, begins: bool) -> struct.Struct:
+    """So many slots of a row or vector, the first of them its beginning or not."""
+    return struct.Struct("<" + (_WIDE + _MORE * (count - 1) if begins else _MORE * count))
 
 
 def _after_fork_in_child() -> None:

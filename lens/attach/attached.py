@@ -16,7 +16,7 @@ from typing import Any
 
 from lens.attach import inject, payload
 from lens.attach.ptrace import TraceError
-from lens.recorder import host_directory, private_directory
+from lens.ring_files import host_directory, private_directory
 from lens.ring_reader import RingError, RingReader, write_control
 from lens.settings import Settings
 

@@ -33,7 +33,7 @@ from lens.cli.processes import start, stop, wait_until
 from lens.cli.reader import ServerReader
 from lens.cli.run import new_run_id
 from lens.reading.connection import owner_of
-from lens.recorder import private_directory
+from lens.ring_files import private_directory
 from lens.settings import Settings, default_rings
 
 HELP = "a real MoE training on this machine, live in a minute"

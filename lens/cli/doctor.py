@@ -70,7 +70,7 @@ def _system() -> Check:
 
 
 def _rings(settings: Settings) -> Check:
-    from lens.recorder import RecorderError, private_directory
+    from lens.ring_files import RecorderError, private_directory
 
     try:
         private_directory(settings.rings)

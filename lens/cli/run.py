@@ -27,7 +27,7 @@ from typing import Any
 from lens.cli.errors import UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 from lens.reading.connection import owner_of
-from lens.recorder import RecorderError
+from lens.ring_files import RecorderError
 from lens.settings import Settings
 
 HELP = "run a training command with lens around it"

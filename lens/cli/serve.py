@@ -15,7 +15,7 @@ import webbrowser
 from lens.cli.errors import UNREACHABLE, CommandError, missing_extra
 from lens.cli.options import add_data, settings_of
 from lens.reading.connection import owner_of
-from lens.recorder import RecorderError
+from lens.ring_files import RecorderError
 from lens.settings import Settings
 
 HELP = "store and dashboard on 127.0.0.1:8321"

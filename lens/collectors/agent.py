@@ -34,7 +34,7 @@ from lens.collectors.shipper import Shipper
 from lens.collectors.simulated.cards import SimulatedCards, SimulationError
 from lens.collectors.spool import enforce_bound
 from lens.collectors.tracked import TrackedProcess, read_about, ring_directories, run_of
-from lens.recorder import RecorderError, host_directory
+from lens.ring_files import RecorderError, host_directory
 from lens.settings import Settings
 
 __all__ = ["Agent", "ensure_agent", "run_agent"]

@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from lens.recorder import start_ticks
+from lens.ring_files import start_ticks
 
 _INFO = struct.Struct("<QQ11Ii")
 _PIDFD_GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11

@@ -15,7 +15,7 @@ from lens.collectors.registration import RunDescription
 from lens.collectors.shipper import compress
 from lens.collectors.spool import RunSpool, SpoolFullError, directory_name, take_anchor
 from lens.collectors.tracked import Harvest, TrackedProcess, archive_folder, read_about
-from lens.recorder import host_directory
+from lens.ring_files import host_directory
 from lens.settings import Settings
 from lens.slots import RingPart, encode_batch
 

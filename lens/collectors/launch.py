@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from lens.recorder import RecorderError, host_directory, private_directory
+from lens.ring_files import RecorderError, host_directory, private_directory
 from lens.settings import Settings
 
 _LOCK_VARIABLE = "LENS_AGENT_LOCK_FD"

@@ -10,7 +10,8 @@ from typing import Any
 
 from lens.collectors.protocol import CollectorEvent, Reading
 from lens.collectors.spool import directory_name
-from lens.recorder import Recorder, host_directory, private_directory, start_ticks
+from lens.recorder import Recorder
+from lens.ring_files import host_directory, private_directory, start_ticks
 from lens.settings import Settings
 from lens.slots import COLUMN_SEPARATOR, NULL, rank_field, series_key
 

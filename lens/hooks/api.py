@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -13,10 +14,10 @@ from lens.hooks.automatic import timed_next
 from lens.hooks.guard import warn
 from lens.hooks.session import Session
 from lens.hooks.timeline import Phase
-from lens.recorder import RecorderError
+from lens.ring_files import RecorderError
 from lens.settings import Settings, SettingsError
-from lens.slots import NULL
 
+_this_thread = threading.get_ident
 Item = TypeVar("Item")
 
 _session: Session | None = None
@@ -35,7 +36,19 @@ def watch(
     settings: Settings | None = None,
     **about: Any,
 ) -> None:
-    """Begin to record this process; a second call adds what it brings. See `lens.watch`."""
+    """Begin to record this process; a second call adds what it brings. Never changes what the training computes.
+
+    Args:
+        model: its root ``forward`` gives the forward phase; None where phases are marked by hand.
+        optimizer: its ``step`` gives the optimizer phase.
+        run: run id; default LENS_RUN, else drawn by rank 0 and shared.
+        name: a name for people.
+        config: what to show and compare later: sizes, hyper-parameters.
+        groups: process groups by kind, such as ``{"dp": [[0, 2], [1, 3]], "ep": [[0, 1], [2, 3]]}`` (global ranks).
+        experts: ``{"layers": 4, "experts": 8, "top_k": 2, "capacity_factor": 1.25, "owner": [0, 0, ...]}``.
+        settings: everything else; default ``Settings.load()``.
+        about: more of this rank: vendor, model, device, nic, switch.
+    """
     global _session, _refused
     if _refused:
         return
@@ -91,15 +104,21 @@ def step(
     micro_batches: int | None = None,
     seq_sq: int | None = None,
 ) -> AbstractContextManager[Any]:
-    """One training step. See `lens.step`."""
+    """One training step, as a ``with`` block; `number` continues from the last one when left out.
+
+    Args:
+        tokens: tokens this rank works on in the step.
+        micro_batches: how many micro-batches the step has.
+        seq_sq: sum of squared sequence lengths, which attention cost follows.
+    """
     session = _session
-    if session is None or not session.timeline.here():
+    if session is None or _this_thread() != session.timeline.thread or not session.timeline.part.on:
         return _NOTHING
     return _Step(session, number, tokens, micro_batches, seq_sq)
 
 
 def phase(name: str, micro_batch: int | None = None) -> AbstractContextManager[Any]:
-    """A phase of a step. See `lens.phase`."""
+    """A phase inside a step: data, h2d, forward, backward, optimizer, checkpoint, eval, logging or other."""
     session = _session
     if session is None or not session.timeline.here():
         return _NOTHING
@@ -110,12 +129,12 @@ def phase(name: str, micro_batch: int | None = None) -> AbstractContextManager[A
 
 
 def data(loader: Iterable[Item]) -> Iterable[Item]:
-    """The loader, with each wait recorded. See `lens.data`."""
+    """The loader, with the time each batch was waited for recorded as phase ``data``."""
     return _Waits(loader)
 
 
 def log(values: Mapping[str, Any] | None = None, *, step: int | None = None, **more: Any) -> None:
-    """Record numbers. See `lens.log`."""
+    """Record numbers of this rank: catalogue names such as ``train.loss`` or any name of your own."""
     session = _session
     if session is None or not session.values.part.on:
         return
@@ -126,7 +145,7 @@ def log(values: Mapping[str, Any] | None = None, *, step: int | None = None, **m
 
 
 def expert_tokens(layer: int, counts: Any, dropped: Any = None) -> None:
-    """Record a layer's tokens per expert. See `lens.expert_tokens`."""
+    """Tokens that this rank's router of `layer` sends to each expert in this step, and how many it dropped."""
     session = _session
     if session is None or not session.values.part.on:
         return
@@ -138,7 +157,7 @@ def expert_tokens(layer: int, counts: Any, dropped: Any = None) -> None:
 
 
 def detach() -> None:
-    """Stop recording and undo every patch."""
+    """Stop recording and put back everything that was patched."""
     global _session
     session, _session = _session, None
     if session is None:
@@ -191,17 +210,7 @@ class _Step:
         self._attributes = (tokens, micro_batches, seq_sq)
 
     def __enter__(self) -> None:
-        timeline = self._session.timeline
-        tokens, micro_batches, seq_sq = self._attributes
-        try:
-            timeline.begin_step(
-                self._number,
-                NULL if tokens is None else tokens,
-                NULL if micro_batches is None else micro_batches,
-                NULL if seq_sq is None else seq_sq,
-            )
-        except Exception as error:
-            timeline.part.fail(error)
+        self._session.timeline.begin_step(self._number, *self._attributes)
 
     def __exit__(self, kind: object, *_: object) -> None:
         session = self._session

@@ -1,4 +1,8 @@
-"""Phases found without being marked: the root's forward, backward, the optimizer's step, the loader's wait."""
+"""Phases found without being marked: the root's forward, backward, the optimizer's step, the loader's wait.
+
+Of the two questions that torch offers these wrappers ask the cheaper one, ``is_dynamo_compiling``: what matters is
+that dynamo, tracing a wrapper, takes it for true.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lens.hooks.timeline import Timeline
+from lens.slots import NULL
 
 
 class RootForward:
@@ -24,7 +29,7 @@ class RootForward:
         self._original: Callable[..., Any] = getattr(model, attribute)
         self._timeline = timeline
         self._forward, self._eval = timeline.phase_id("forward"), timeline.phase_id("eval")
-        self._compiling: Callable[[], bool] = torch.compiler.is_compiling
+        self._compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
         self._training: Callable[[], bool] = torch.is_grad_enabled
         functools.update_wrapper(self, self._original)
 
@@ -32,10 +37,10 @@ class RootForward:
         if self._compiling():
             return self._original(*args, **kwargs)
         timeline = self._timeline
-        if not entered(timeline, self._forward if self._training() else self._eval):
+        if not timeline.enter(self._forward if self._training() else self._eval, found=True):
             return self._original(*args, **kwargs)
         result = self._original(*args, **kwargs)
-        left(timeline)
+        timeline.leave()
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,16 +59,16 @@ def watch_backward(timeline: Timeline) -> None:
     """Time ``torch.autograd.backward``, which ``Tensor.backward`` calls too."""
     import torch
 
-    compiling = torch.compiler.is_compiling
+    compiling = torch.compiler.is_dynamo_compiling
     backward = timeline.phase_id("backward")
     original = torch.autograd.backward
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not entered(timeline, backward):
+        if compiling() or not timeline.enter(backward, found=True):
             return original(*args, **kwargs)
         result = original(*args, **kwargs)
-        left(timeline)
+        timeline.leave()
         return result
 
     timeline.part.patch(torch.autograd, "backward", wrapper)
@@ -93,21 +98,21 @@ def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[],
     """Time the optimizer's step by its own hooks; it ends a step where steps are not marked by hand."""
     import torch
 
-    compiling = torch.compiler.is_compiling
+    compiling = torch.compiler.is_dynamo_compiling
     name = timeline.phase_id("optimizer")
     began = False
 
     def before(*_: Any) -> None:
         nonlocal began
         if not compiling():
-            began = entered(timeline, name)
+            began = timeline.enter(name, found=True)
 
     def after(*_: Any) -> None:
         if compiling():
             return
         if began:
-            left(timeline)
-        if timeline.here():
+            timeline.leave()
+        if not timeline.steps_by_hand and timeline.here() and timeline.step != NULL:
             after_step()
 
     for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
@@ -132,12 +137,7 @@ def watch_loaders(timeline: Timeline) -> None:
 
 def timed_next(timeline: Timeline, fetch: Callable[[Any], Any], source: Any) -> Any:
     """``fetch(source)``, with the wait recorded as phase data."""
-    waiting = False
-    try:
-        waiting = timeline.here() and timeline.begin_wait()
-    except Exception as error:
-        timeline.part.fail(error)
-    if not waiting:
+    if not timeline.begin_wait():
         return fetch(source)
     arrived = False
     try:
@@ -145,24 +145,4 @@ def timed_next(timeline: Timeline, fetch: Callable[[Any], Any], source: Any) -> 
         arrived = True
         return batch
     finally:
-        try:
-            timeline.end_wait(arrived)
-        except Exception as error:
-            timeline.part.fail(error)
-
-
-def entered(timeline: Timeline, name: int) -> bool:
-    """Begin a phase that was found; False when this time is not ours to name."""
-    try:
-        return timeline.here() and timeline.enter_found(name)
-    except Exception as error:
-        timeline.part.fail(error)
-        return False
-
-
-def left(timeline: Timeline) -> None:
-    """End a phase that was found."""
-    try:
-        timeline.leave()
-    except Exception as error:
-        timeline.part.fail(error)
+        timeline.end_wait(arrived)

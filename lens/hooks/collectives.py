@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lens.hooks import groups
 from lens.hooks.groups import Group, Kinds
 from lens.hooks.guard import Part
+from lens.hooks.stand_in import stand_in
 from lens.hooks.timeline import Timeline
 from lens.recorder import Recorder
 from lens.slots import NULL
@@ -24,7 +25,7 @@ from lens.slots import NULL
 _clock = time.monotonic_ns
 _this_thread = threading.get_ident
 _ASYNC = 1
-_LISTS = (list, tuple)
+_LIST_PARAMETERS = ("input_list", "input_tensor_list")
 
 
 class _Kind(NamedTuple):
@@ -33,7 +34,16 @@ class _Kind(NamedTuple):
     op: str
     """Name in records."""
     input: str | None
-    """Its parameter that holds this rank's input: a tensor, a list of tensors, or nothing."""
+    """Its parameter that holds this rank's input: a tensor, or a list of tensors, or nothing."""
+
+    @property
+    def measure(self) -> str:
+        """The statement that reads bytes and dtype of the input."""
+        if self.input is None:
+            return "size, dtype = 0, None"
+        if self.input in _LIST_PARAMETERS:
+            return f"size, dtype = measure({self.input})"
+        return f"size, dtype = {self.input}.nbytes, {self.input}.dtype"
 
 
 FUNCTIONS: dict[str, _Kind] = {
@@ -50,6 +60,8 @@ FUNCTIONS: dict[str, _Kind] = {
     "all_to_all_single": _Kind("all_to_all", "input"),
     "barrier": _Kind("barrier", None),
 }
+OPERATIONS = tuple(dict.fromkeys(kind.op for kind in FUNCTIONS.values()))
+"""Names in records; the place of each is its place in `Group.ids`."""
 POINT_TO_POINT = {"send": "dst", "recv": "src"}
 """Function and the parameter that names its peer by global rank; ``group_`` before it, by rank in the group."""
 
@@ -71,20 +83,18 @@ class _Flight(NamedTuple):
 class _Writer:
     """One thread's ring, and string ids there."""
 
-    __slots__ = ("_recorder", "dtypes", "note", "record")
+    __slots__ = ("_recorder", "dtypes")
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.dtypes: dict[Any, int] = {None: 0}
-        self.note = recorder.note_collective
-        self.record = recorder.collective
 
     def ids(self, op: str, group: str) -> int:
         """Op id | group id << 32."""
         return self._recorder.intern(op) | self._recorder.intern(group) << 32
 
     def dtype(self, dtype: Any) -> int:
-        """String id of a dtype, without its ``torch.``."""
+        """String id of a dtype, without its ``torch.``; 0 for none."""
         found = self.dtypes.get(dtype)
         if found is None:
             found = self.dtypes[dtype] = self._recorder.intern(str(dtype).removeprefix("torch."))
@@ -92,11 +102,13 @@ class _Writer:
 
     def enter(self, flight: _Flight) -> None:
         """Note in the ring's header that this thread is in the collective."""
-        self.note(flight.t0, self.ids(flight.op, flight.group), flight.number, flight.size, flight.step)
+        self._recorder.enter_collective(
+            self.ids(flight.op, flight.group), flight.t0, flight.number, flight.size, flight.step
+        )
 
     def leave(self, flight: _Flight, t1: int, waited_from: int, flags: int, peer: int | None = None) -> None:
         """Record the collective."""
-        self.record(
+        self._recorder.collective(
             self.ids(flight.op, flight.group),
             flight.t0,
             t1,
@@ -122,7 +134,7 @@ class Collectives:
         self._thread = _this_thread()
         self._main = _Writer(recorder)
         self._writers: dict[int, _Writer] = {}
-        self._groups: dict[int, Group] = {}
+        self._groups: dict[int | None, Group] = {}
         self._flights: dict[int, tuple[weakref.ref[Any], _Flight]] = {}
         self._waits_patched = False
 
@@ -131,83 +143,32 @@ class Collectives:
         import torch
         import torch.distributed as dist
 
-        # The cheaper of the two questions: what matters is that dynamo, tracing a wrapper, takes this for true.
+        # The cheaper of torch's two questions, as in `automatic`.
         compiling = torch.compiler.is_dynamo_compiling
+        names = {
+            "part": self.part,
+            "timeline": self._timeline,
+            "recorder": self._recorder,
+            "known": self._groups,
+            "meet": self._meet,
+            "measure": _measure,
+            "dtypes": self._main.dtypes,
+            "new_dtype": self._main.dtype,
+            "main_thread": self._thread,
+            "this_thread": _this_thread,
+            "clock": _clock,
+            "compiling": compiling,
+            "enter_elsewhere": self._enter_elsewhere,
+            "leave_elsewhere": self._leave_elsewhere,
+        }
         for name, kind in FUNCTIONS.items():
             original = getattr(dist, name, None)
             if original is not None:
-                self.part.patch(dist, name, self._wrapped(original, kind, compiling))
+                place = OPERATIONS.index(kind.op)
+                self.part.patch(dist, name, stand_in(original, name, place, kind.measure, names))
         for name, peer in POINT_TO_POINT.items():
             original = getattr(dist, name)
             self.part.patch(dist, name, self._wrapped_pair(original, name, peer, compiling))
-
-    def _wrapped(self, original: Any, kind: _Kind, compiling: Callable[[], bool]) -> Any:
-        """The function with a note before and after it.
-
-        The hot path: all it needs is local, and it calls as few Python functions as it can, since in a real step
-        each of them is met with cold caches.
-        """
-        part, timeline, main, main_thread, known = (
-            self.part,
-            self._timeline,
-            self._main,
-            self._thread,
-            self._groups,
-        )
-        note, record, dtypes = main.note, main.record, main.dtypes
-        clock, this_thread, sequence_number = _clock, _this_thread, groups.sequence_number()
-        op, input_name = kind.op, kind.input or ""
-        input_at = _position(original, input_name)
-        group_at = _position(original, "group")
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if compiling() or not part.on:
-                return original(*args, **kwargs)
-            t0 = clock()
-            failed = None
-            try:
-                group = args[group_at] if len(args) > group_at else kwargs.get("group")
-                entry = known.get(id(group)) or self._meet(group)
-                if entry is not None:
-                    given = args[input_at] if len(args) > input_at else kwargs.get(input_name)
-                    if given is None or given.__class__ in _LISTS:
-                        size, dtype = _measure(given)
-                    else:
-                        size, dtype = given.nbytes, given.dtype
-                    if entry.numbered:
-                        number = sequence_number(entry.reference()) + entry.offset
-                    else:
-                        number = entry.count()
-                    here = this_thread() == main_thread
-                    if here:
-                        note(t0, entry.ids[op], number, size, timeline.step)
-                    else:
-                        self._writer().enter(self._flight(op, entry, dtype, number, size, t0))
-            except Exception as error:
-                failed = error
-                entry = None
-            if entry is None:
-                return _unrecorded(part, failed, original, args, kwargs)
-            before = clock()
-            result = original(*args, **kwargs)
-            t1 = clock()
-            try:
-                if result is None and here:
-                    words = (dtypes.get(dtype) or main.dtype(dtype)) | timeline.phase << 32
-                    record(entry.ids[op], t0, t1, timeline.step, number, size, NULL, NULL, words)
-                    timeline.spent += before - t0 + clock() - t1
-                else:
-                    flight = self._flight(op, entry, dtype, number, size, t0)
-                    if result is None:
-                        self._writer().leave(flight, t1, NULL, 0)
-                    else:
-                        self._take_off(result, flight, t1)
-            except Exception as error:
-                part.fail(error)
-            return result
-
-        return wrapper
 
     def _wrapped_pair(self, original: Any, op: str, peer_name: str, compiling: Callable[[], bool]) -> Any:
         """``send`` or ``recv``: the group is the pair, the number counts its messages."""
@@ -222,7 +183,7 @@ class Collectives:
             failed = entry = None
             try:
                 group = args[group_at] if len(args) > group_at else kwargs.get("group")
-                entry = self._groups.get(id(group)) or self._meet(group)
+                entry = self._groups.get(None if group is None else id(group)) or self._meet(group)
                 if entry is not None:
                     peer = args[peer_at] if len(args) > peer_at else kwargs.get(peer_name)
                     if peer is None:
@@ -239,7 +200,7 @@ class Collectives:
             t1 = _clock()
             try:
                 # Where the backend numbers messages too, they must not shift the numbers of collectives.
-                entry.offset -= entry.own_number() - before
+                entry.pass_over(entry.own_number() - before)
                 self._writer().leave(flight, t1, NULL, 0, peer)
             except Exception as error:
                 part.fail(error)
@@ -258,9 +219,24 @@ class Collectives:
         timeline = self._timeline
         return _Flight(op, name, dtype, timeline.phase_name(), timeline.step, number, size, t0)
 
-    def _flight(self, op: str, entry: Group, dtype: Any, number: int, size: int, t0: int) -> _Flight:
+    def _flight(self, place: int, entry: Group, dtype: Any, number: int, size: int, t0: int) -> _Flight:
         timeline = self._timeline
-        return _Flight(op, entry.name, dtype, timeline.phase_name(), timeline.step, number, size, t0)
+        phase, step = timeline.phase_name(), timeline.step
+        return _Flight(OPERATIONS[place], entry.name, dtype, phase, step, number, size, t0)
+
+    def _enter_elsewhere(self, place: int, entry: Group, dtype: Any, number: int, size: int, t0: int) -> None:
+        """A thread that does not train enters a collective."""
+        self._writer().enter(self._flight(place, entry, dtype, number, size, t0))
+
+    def _leave_elsewhere(
+        self, place: int, entry: Group, dtype: Any, number: int, size: int, t0: int, t1: int, work: Any
+    ) -> None:
+        """A collective has returned in a thread that does not train, or it is asynchronous."""
+        flight = self._flight(place, entry, dtype, number, size, t0)
+        if work is None:
+            self._writer().leave(flight, t1, NULL, 0)
+        else:
+            self._take_off(work, flight, t1)
 
     def _meet(self, group: Any) -> Group | None:
         """The entry of a group not met before; None when this rank is not in it."""
@@ -271,13 +247,13 @@ class Collectives:
             return None
         entry = self._groups.get(id(actual))
         if entry is None:
-            keys = {id(actual), id(None)} if actual is dist.group.WORLD else {id(actual)}
+            keys: set[int | None] = {id(actual), None} if actual is dist.group.WORLD else {id(actual)}
             entry = Group(groups.name_of(actual, self.kinds), actual, lambda _: self._forget(keys))
-            entry.ids = {kind.op: self._main.ids(kind.op, entry.name) for kind in FUNCTIONS.values()}
+            entry.ids = [self._main.ids(operation, entry.name) for operation in OPERATIONS]
             self._groups.update(dict.fromkeys(keys, entry))
         return entry
 
-    def _forget(self, keys: set[int]) -> None:
+    def _forget(self, keys: set[int | None]) -> None:
         for key in keys:
             self._groups.pop(key, None)
 
@@ -353,6 +329,6 @@ def _measure(given: Any) -> tuple[int, Any]:
     """Bytes and dtype of an input: a tensor, a list of tensors, or none."""
     if given is None:
         return 0, None
-    if isinstance(given, _LISTS):
+    if isinstance(given, (list, tuple)):
         return sum(tensor.nbytes for tensor in given), given[0].dtype if given else None
     return given.nbytes, given.dtype

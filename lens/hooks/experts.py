@@ -60,7 +60,8 @@ class Experts:
         self._timeline = timeline
         self._values = values
         self._passed_over = (timeline.phase_id("backward"), timeline.phase_id("eval"))
-        self._tables: dict[tuple[int, Any], _Table] = {}
+        self.counted: dict[tuple[int, Any], _Table] = {}
+        """Number of experts and device -> counts of this step."""
         self._known: set[int] = set()
         self._rows = 0
 
@@ -93,7 +94,7 @@ class Experts:
 
     def before_step_ends(self) -> None:
         """Record the counts of the step that ends now."""
-        for table in self._tables.values() if self.part.on else ():
+        for table in self.counted.values() if self.part.on else ():
             if table.layers:
                 try:
                     self._record(table)
@@ -109,9 +110,9 @@ class Experts:
         import torch
 
         key = (experts, tensor.device)
-        table = self._tables.get(key)
+        table = self.counted.get(key)
         if table is None or row >= len(table.counts):
-            table = self._tables[key] = _Table(self._rows, experts, tensor.device)
+            table = self.counted[key] = _Table(self._rows, experts, tensor.device)
         table.layers[row] = router.layer
         counts = table.counts[row]
         with torch.no_grad():

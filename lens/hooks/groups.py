@@ -1,4 +1,9 @@
-"""Process groups by name: ``kind/index``, the same on every rank, and each group's own collective number."""
+"""Process groups by name: ``kind/index``, the same on every rank, and each group's own collective number.
+
+A backend numbers its collectives, but asking it costs more than all else that is done for one. So it is asked about
+the first ones, and once it is clear that nobody else calls collectives of this group past us, only now and then, to
+see that this is still so. Every rank asks at the same collectives, so that what they count in between agrees.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 WORLD = "world/0"
+ASKED_FIRST = 64
+"""Collectives in a row that the backend must have numbered as expected before it is asked less often."""
+ASKED_EVERY = 64
+"""After that it is asked about one in so many."""
+_NEVER = 2**63 - 1
 Kinds = Mapping[str, Sequence[Sequence[int]]]
 
 
@@ -17,28 +27,59 @@ class Group:
     Refers to the group weakly: holding it would keep a destroyed backend alive into the interpreter's end.
     """
 
-    __slots__ = ("_counted", "_pairs", "ids", "name", "numbered", "offset", "reference")
+    __slots__ = (
+        "_as_expected",
+        "_numbered",
+        "_offset",
+        "_pairs",
+        "_wanted",
+        "ask_at",
+        "ids",
+        "name",
+        "number",
+        "reference",
+    )
 
     def __init__(self, name: str, group: Any, on_death: Callable[[Any], None]) -> None:
         self.name = name
         self.reference = weakref.ref(group, on_death)
-        self.ids: dict[str, int] = {}
-        """op -> op id | group id << 32, in the ring of the thread that trains."""
-        self.numbered = _is_numbered(group)
-        """Whether the backend numbers its collectives."""
-        self.offset = 1
+        self.ids: list[int] = []
+        """Op id | group id << 32 of each operation, in the ring of the thread that trains."""
+        self._numbered = _is_numbered(group)
+        self.number = self.own_number()
+        """Number of the last collective that returned."""
+        self.ask_at = 0 if self._numbered else _NEVER
+        """The number of a collective is one more than the last one's below this; from here on `ask` tells it."""
+        self._as_expected = 0
+        self._wanted = ASKED_FIRST
+        self._offset = 1
         """Backend's number of the last collective + offset = number of the next."""
-        self._counted = 0
         self._pairs: dict[tuple[int, int], int] = {}
 
-    def count(self) -> int:
-        """The number of the next collective of a group whose backend has none."""
-        self._counted += 1
-        return self._counted
+    def next_number(self) -> int:
+        """The number of the collective that begins now."""
+        number = self.number + 1
+        return number if number < self.ask_at else self.ask()
+
+    def ask(self) -> int:
+        """The number of the collective that begins now, from the backend."""
+        actual = self.own_number() + self._offset
+        if actual == self.number + 1:
+            self._as_expected += 1
+        else:
+            # Collectives of this group pass us by. The more often, the longer until we count by ourselves again.
+            self._as_expected = 0
+            self._wanted *= 2
+        self.ask_at = actual + ASKED_EVERY if self._as_expected >= self._wanted else 0
+        return actual
+
+    def pass_over(self, messages: int) -> None:
+        """The backend has numbered messages too: they must not shift the numbers of collectives."""
+        self._offset -= messages
 
     def own_number(self) -> int:
         """The backend's number of the last collective or message; 0 if it has none."""
-        return sequence_number()(self.reference()) if self.numbered else 0
+        return sequence_number()(self.reference()) if self._numbered else 0
 
     def next_of_pair(self, pair: tuple[int, int]) -> int:
         """The number of the next message from one rank to another."""

@@ -22,10 +22,11 @@ class _Copy(NamedTuple):
 class Later:
     """Copies on their way to the host, oldest first."""
 
-    __slots__ = ("_copies", "lost")
+    __slots__ = ("copies", "lost")
 
     def __init__(self) -> None:
-        self._copies: deque[_Copy] = deque(maxlen=_MOST_WAITING)
+        self.copies: deque[_Copy] = deque(maxlen=_MOST_WAITING)
+        """Not read yet."""
         self.lost = 0
         """Copies given up."""
 
@@ -36,19 +37,19 @@ class Later:
         with torch.no_grad():
             numbers = torch.cat([tensor.detach().reshape(-1).to(torch.float64) for tensor in tensors])
             values, arrived = copy_to_host(numbers)
-        self.lost += len(self._copies) == _MOST_WAITING
-        self._copies.append(_Copy(arrived, values, use))
+        self.lost += len(self.copies) == _MOST_WAITING
+        self.copies.append(_Copy(arrived, values, use))
 
     def use_what_arrived(self) -> None:
         """Read the copies that have arrived; never waits."""
-        while self._copies and self._copies[0].arrived.query():
-            copy = self._copies.popleft()
+        while self.copies and self.copies[0].arrived.query():
+            copy = self.copies.popleft()
             copy.use(copy.values.tolist())
 
     def use_all(self) -> None:
         """Wait for what is on its way: at the end, when there is no training left to hold up."""
-        while self._copies:
-            copy = self._copies.popleft()
+        while self.copies:
+            copy = self.copies.popleft()
             copy.arrived.synchronize()
             copy.use(copy.values.tolist())
 

@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from lens.hooks.automatic import entered, left
 from lens.hooks.guard import Part
 from lens.hooks.timeline import Timeline
+from lens.slots import NULL
 
 _MOST_STEPS = 3
 """Steps after which a training that calls no module is believed."""
@@ -93,7 +93,7 @@ def watch_every_optimizer(
     def before(*_: Any) -> None:
         nonlocal began
         if not compiling():
-            began = entered(timeline, name)
+            began = timeline.enter(name, found=True)
 
     def after(optimizer: Any, *_: Any) -> None:
         nonlocal began, ending, arrive
@@ -105,10 +105,10 @@ def watch_every_optimizer(
             return
         if began:
             began = False
-            left(timeline)
+            timeline.leave()
         if ending() is None:
             ending = weakref.ref(optimizer)
-        if ending() is optimizer:
+        if ending() is optimizer and not timeline.steps_by_hand and timeline.step != NULL:
             after_step()
 
     for handle in (

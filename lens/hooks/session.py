@@ -42,7 +42,7 @@ class Session:
         self.clean = True
         self._watched: list[Any] = []
         self._roots: RootSearch | None = None
-        self._counters_at = 0
+        self._counters_due = 0
         self._gc_column = self.recorder.intern("process.gc.time")
         self.parts: list[Part] = [
             process.watch_collector(self.timeline),
@@ -100,9 +100,9 @@ class Session:
 
     def end_step(self) -> bool:
         """The step is over; returns whether somebody asks the hook to leave."""
-        self.experts.before_step_ends()
-        now = self.timeline.end_step()
-        return self._after_step(now)
+        if self.experts.counted:
+            self.experts.before_step_ends()
+        return self._after_step(self.timeline.end_step())
 
     def close(self) -> None:
         """Put everything back and close the ring."""
@@ -125,24 +125,21 @@ class Session:
         return any(known is thing for known in self._watched)
 
     def _after_optimizer(self) -> None:
-        from lens.hooks import api
+        if self.end_step():
+            from lens.hooks import api
 
-        if not self.timeline.ends_by_itself():
-            return
-        self.experts.before_step_ends()
-        if self._after_step(self.timeline.end_step()):
             # The optimizer is going through its hooks now: taking ours away would end that with an exception.
             self.forget()
             automatic.at_next_backward(api.detach)
 
     def _after_step(self, now: int) -> bool:
-        if self.values.part.on:
+        if self.values.later.copies and self.values.part.on:
             self.values.use_what_arrived()
         if self._roots is not None and self._roots.after_step():
             self._roots = None
             self._update_rank()
-        if now - self._counters_at >= _COUNTERS_NS:
-            self._counters_at = now
+        if now >= self._counters_due:
+            self._counters_due = now + _COUNTERS_NS
             self.memory.read(now, self.timeline.last_step)
             self.recorder.row(self._gc_column, (self.timeline.gc_ns / 1e9,), now)
         return self.recorder.detach_asked()

@@ -3,6 +3,9 @@
 A phase entered inside another one splits it: the outer one ends there and goes on afterwards. Phases marked by hand
 win over those found automatically. A batch waited for between two steps belongs to the step that follows, which
 then begins with the wait.
+
+Each of these moments is met with cold caches, where every function called is another microsecond: what is done at one
+of them stands in one place, and what one of them calls never raises, so that nobody needs to stand around it.
 """
 
 from __future__ import annotations
@@ -12,11 +15,18 @@ import time
 from typing import NamedTuple
 
 from lens.hooks.guard import Part
-from lens.recorder import Recorder
-from lens.slots import NULL
+from lens.recorder import OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
+from lens.slots import NULL, PHASE
 
 _clock = time.monotonic_ns
 _this_thread = threading.get_ident
+_OPEN_T0, _OPEN_NAME, _OPEN_STEP = range(OPEN_PHASE_WORD, OPEN_PHASE_WORD + 3)
+_STEP_T0, _STEP_NUMBER, _STEP_T1 = range(OPEN_STEP_WORD, OPEN_STEP_WORD + 3)
+_NO_ATTRIBUTES = (NULL, NULL, NULL)
+
+
+def _word(value: int | None) -> int:
+    return NULL if value is None else value
 
 
 class _Outer(NamedTuple):
@@ -39,13 +49,9 @@ class Timeline:
         "_micro_batch",
         "_names",
         "_next_number",
-        "_note_phase",
         "_outer",
         "_phase_t0",
-        "_record_phase",
         "_recorder",
-        "_steps_by_hand",
-        "_thread",
         "_waited",
         "_waiting_since",
         "gc_ns",
@@ -56,6 +62,8 @@ class Timeline:
         "spent",
         "step",
         "step_t0",
+        "steps_by_hand",
+        "thread",
     )
 
     def __init__(self, recorder: Recorder) -> None:
@@ -73,15 +81,15 @@ class Timeline:
         self.last_step = NULL
         """The step that ended last."""
         self._recorder = recorder
-        self._note_phase = recorder.note_phase
-        self._record_phase = recorder.phase
-        self._thread = _this_thread()
+        self.thread = _this_thread()
+        """The thread that trains."""
         self._ids: dict[str, int] = {}
         self._names = {0: ""}
         self._data = self.phase_id("data")
         self._next_number = 0
-        self._steps_by_hand = False
-        self._attributes = (NULL, NULL, NULL)
+        self.steps_by_hand = False
+        """Whether the training marks its steps; else the optimizer's step ends them."""
+        self._attributes = _NO_ATTRIBUTES
         self._gc_before = 0
         self._phase_t0 = 0
         self._micro_batch = NULL
@@ -92,7 +100,7 @@ class Timeline:
 
     def here(self) -> bool:
         """Whether the calling thread is the one that trains and recording is on."""
-        return self.part.on and _this_thread() == self._thread
+        return self.part.on and _this_thread() == self.thread
 
     def phase_id(self, name: str) -> int:
         """String id of a phase's name."""
@@ -108,19 +116,27 @@ class Timeline:
 
     # --- steps -------------------------------------------------------------------------------------------------
 
-    def begin_step(self, number: int | None, tokens: int, micro_batches: int, seq_sq: int) -> None:
+    def begin_step(
+        self, number: int | None, tokens: int | None, micro_batches: int | None, seq_sq: int | None
+    ) -> None:
         """A step begins, with the wait for its batch if there was one; a step found automatically gives way."""
-        now = _clock()
-        self._steps_by_hand = True
-        began = self._waited[0][0] if self._waited else now
-        self._open_step(self._next_number if number is None else number, began)
-        self._attributes = (tokens, micro_batches, seq_sq)
-        self.spent = _clock() - now
+        try:
+            now = _clock()
+            self.steps_by_hand = True
+            waited = self._waited
+            began = waited[0][0] if waited else now
+            self._open_step(self._next_number if number is None else number, began)
+            if not (tokens is micro_batches is seq_sq is None):
+                self._attributes = _word(tokens), _word(micro_batches), _word(seq_sq)
+            self.spent = _clock() - now
+        except Exception as error:
+            self.part.fail(error)
 
     def end_step(self) -> int:
         """The step ends, and with it every phase still open; returns the time of its end."""
         now = _clock()
-        self._close_phases(now)
+        if self.phase:
+            self._close_phases(now)
         tokens, micro_batches, seq_sq = self._attributes
         self._recorder.step(
             self.step, self.step_t0, now, tokens, micro_batches, seq_sq,
@@ -140,62 +156,92 @@ class Timeline:
         self._forget_phases()
         self.step = NULL
 
-    def ends_by_itself(self) -> bool:
-        """Whether the optimizer's step ends the step: one is open, and steps are not marked by hand."""
-        return self.step != NULL and not self._steps_by_hand
-
     def _open_step(self, number: int, began: int) -> None:
-        self._close_phases(began)
+        recorder, waited = self._recorder, self._waited
+        if self.phase:
+            self._close_phases(began)
         self.spent = 0
         self.step = number
         self._next_number = number + 1
         self._gc_before = self.gc_ns
         self.step_t0 = began
-        for began, ended in self._waited:
-            self._record_phase(self._data, began, ended, number)
-        self._waited.clear()
-        self._attributes = (NULL, NULL, NULL)
-        self._recorder.enter_step(number, self.step_t0)
+        self._attributes = _NO_ATTRIBUTES
+        if waited:
+            for since, arrived in waited:
+                recorder.phase(self._data, since, arrived, number)
+            waited.clear()
+        words = recorder.words
+        words[_STEP_T0] = began
+        words[_STEP_NUMBER] = number
+        words[_STEP_T1] = 0
 
     # --- phases ------------------------------------------------------------------------------------------------
 
-    def enter(self, name: int, micro_batch: int = NULL, by_hand: bool = True) -> None:
-        """A phase begins; one that is open is split around it."""
-        now = _clock()
-        if self.phase:
-            self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
-            self._outer.append(_Outer(self.phase, self._micro_batch, self._by_hand))
-        elif self.step == NULL:
-            self._waited.clear()  # what was fetched belongs to this, not to the step that will follow
-        self.phase = name
-        self._phase_t0 = now
-        self._micro_batch = micro_batch
-        self._by_hand = by_hand
-        self._note_phase(now, name, self.step)
-        self.spent += _clock() - now
+    def enter(self, name: int, micro_batch: int = NULL, found: bool = False) -> bool:
+        """A phase begins; one that is open is split around it.
 
-    def enter_found(self, name: int) -> bool:
-        """An automatic phase begins, unless the person at work has marked this time, or it is inside its like."""
-        if self._by_hand or self.phase == name or self._waiting_since:
+        One that was found, not marked by hand, gives way: it does not begin in another thread, inside a phase marked
+        by hand, in a wait for data, or inside its like. Returns whether it begins.
+        """
+        try:
+            if found:
+                if _this_thread() != self.thread or not self.part.on:
+                    return False
+                if self._by_hand or self.phase == name or self._waiting_since:
+                    return False
+                if self.step == NULL and not self.steps_by_hand:
+                    waited = self._waited
+                    self._open_step(self._next_number, self.last_end or (waited[0][0] if waited else _clock()))
+            now = _clock()
+            recorder, step = self._recorder, self.step
+            if self.phase:
+                recorder.phase(self.phase, self._phase_t0, now, step, self._micro_batch)
+                self._outer.append(_Outer(self.phase, self._micro_batch, self._by_hand))
+            elif step == NULL:
+                self._waited.clear()  # what was fetched belongs to this, not to the step that will follow
+            self.phase = name
+            self._phase_t0 = now
+            self._micro_batch = micro_batch
+            self._by_hand = not found
+            words = recorder.words
+            words[_OPEN_T0] = now
+            words[_OPEN_NAME] = name
+            words[_OPEN_STEP] = step
+            self.spent += _clock() - now
+            return True
+        except Exception as error:
+            self.part.fail(error)
             return False
-        if self.step == NULL and not self._steps_by_hand:
-            began = self.last_end or (self._waited[0][0] if self._waited else _clock())
-            self._open_step(self._next_number, began)
-        self.enter(name, NULL, False)
-        return True
 
     def leave(self) -> None:
         """The innermost phase ends and the one around it goes on."""
-        if not self.phase:
-            return  # the step ended first and closed it
-        now = _clock()
-        self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
-        if self._outer:
-            self._go_on_with(self._outer.pop(), now)
-        else:
-            self.phase = 0
-            self._by_hand = False
-        self.spent += _clock() - now
+        try:
+            phase = self.phase
+            if not phase:
+                return  # the step ended first and closed it
+            now = _clock()
+            # As `Recorder.phase` writes it.
+            recorder = self._recorder
+            words, sequence = recorder.words, recorder.next
+            at = recorder.first_word + ((sequence - 1 & recorder.mask) << 4)
+            words[at] = sequence
+            words[at + 1] = PHASE
+            words[at + 2] = self._phase_t0
+            words[at + 3] = now
+            words[at + 4] = self.step
+            words[at + 5] = phase
+            words[at + 6] = self._micro_batch
+            words[at + 15] = sequence
+            recorder.next = sequence + 1
+            if self._outer:
+                self._go_on_with(self._outer.pop(), now)
+            else:
+                self.phase = 0
+                self._by_hand = False
+                words[_OPEN_T0] = 0
+            self.spent += _clock() - now
+        except Exception as error:
+            self.part.fail(error)
 
     def abandon(self) -> None:
         """An exception left the phase: it stays open in the ring until another one begins."""
@@ -208,12 +254,11 @@ class Timeline:
     def _go_on_with(self, outer: _Outer, now: int) -> None:
         self.phase, self._micro_batch, self._by_hand = outer
         self._phase_t0 = now
-        self._note_phase(now, self.phase, self.step)
+        self._recorder.enter_phase(self.phase, now, self.step)
 
     def _close_phases(self, now: int) -> None:
-        if self.phase:
-            self._record_phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
-            self._forget_phases()
+        self._recorder.phase(self.phase, self._phase_t0, now, self.step, self._micro_batch)
+        self._forget_phases()
 
     def _forget_phases(self) -> None:
         self._outer.clear()
@@ -223,25 +268,36 @@ class Timeline:
     # --- waiting for data --------------------------------------------------------------------------------------
 
     def begin_wait(self) -> bool:
-        """The next batch is asked for; False when somebody else already times this wait."""
-        if self._waiting_since or self.phase == self._data:
-            return False
-        if self.step != NULL:
-            self.enter(self._data, NULL, True)
+        """The next batch is asked for; False in another thread, or when this wait is timed already."""
+        try:
+            if _this_thread() != self.thread or not self.part.on:
+                return False
+            if self._waiting_since or self.phase == self._data:
+                return False
+            if self.step != NULL:
+                return self.enter(self._data)
+            now = self._waiting_since = _clock()
+            words = self._recorder.words
+            words[_OPEN_T0] = now
+            words[_OPEN_NAME] = self._data
+            words[_OPEN_STEP] = self._next_number
             return True
-        self._waiting_since = _clock()
-        self._note_phase(self._waiting_since, self._data, self._next_number)
-        return True
+        except Exception as error:
+            self.part.fail(error)
+            return False
 
     def end_wait(self, arrived: bool) -> None:
         """The batch is there, or the loader has ended or failed."""
-        if not self._waiting_since:
-            self.leave()
-            return
-        if arrived:
-            self._waited.append((self._waiting_since, _clock()))
-        self._waiting_since = 0
-        self._recorder.leave_phase()
+        try:
+            if not self._waiting_since:
+                self.leave()
+                return
+            if arrived:
+                self._waited.append((self._waiting_since, _clock()))
+            self._waiting_since = 0
+            self._recorder.words[_OPEN_T0] = 0
+        except Exception as error:
+            self.part.fail(error)
 
 
 class Phase:
@@ -255,19 +311,13 @@ class Phase:
         self._micro_batch = NULL if micro_batch is None else micro_batch
 
     def __enter__(self) -> None:
-        try:
-            self._timeline.enter(self._name, self._micro_batch)
-        except Exception as error:
-            self._timeline.part.fail(error)
+        self._timeline.enter(self._name, self._micro_batch)
 
     def __exit__(self, kind: object, *_: object) -> None:
         timeline = self._timeline
         if not timeline.part.on:
             return
-        try:
-            if kind is None:
-                timeline.leave()
-            else:
-                timeline.abandon()
-        except Exception as error:
-            timeline.part.fail(error)
+        if kind is None:
+            timeline.leave()
+        else:
+            timeline.abandon()

@@ -29,18 +29,27 @@ class Values:
         self._recorder = recorder
         self._timeline = timeline
         self._shapes: dict[int, dict[tuple[str, ...], int]] = {}
+        self._last: tuple[tuple[str, ...], int] = ((), 0)
+        """Names logged last by the thread that trains, and their string id."""
         self._complained: set[str] = set()
         self._layers: dict[int, _LayerTotals] = {}
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
         """Record numbers, all at one time. What is no number is left out, with one line about it."""
         t = _clock()
-        number = self._timeline.step if step is None else step
-        if not set(map(type, values.values())) <= _NUMBERS:
+        timeline = self._timeline
+        number = timeline.step if step is None else step
+        if not _NUMBERS.issuperset(map(type, values.values())):
             values = self._readable(values, t, number)
-        self._row(values, t, number)
-        if self._timeline.here():
-            self._timeline.spent += _clock() - t
+        if not timeline.here():
+            self._row(values, t, number)
+            return
+        names, columns = self._last
+        if columns and tuple(values) == names:
+            self._recorder.row(columns, tuple(values.values()), t, number)
+        else:
+            self._row(values, t, number)
+        timeline.spent += _clock() - t
 
     def expert_tokens(self, layer: int, counts: Any, dropped: Any) -> None:
         """Record a layer's tokens per expert, before dropping, and its totals since the process was watched."""
@@ -88,6 +97,8 @@ class Values:
                     recorder.row(recorder.intern(name), (value,), t, number)
                 return
             columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
+        if recorder is self._recorder:
+            self._last = names, columns
         recorder.row(columns, tuple(values.values()), t, number)
 
     def _experts_later(self, layer: int, counts: Any, dropped: Any, t: int, step: int) -> None:

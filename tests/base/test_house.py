@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LENS = ROOT / "lens"
-BASE = {"records", "slots", "recorder", "ring_reader", "catalogue", "settings"}
+BASE = {"records", "slots", "recorder", "ring_files", "ring_reader", "catalogue", "settings"}
 """What training processes load: the standard library only."""
 COLUMNS = {"tables"}
 """Columns of records: base and numpy only."""

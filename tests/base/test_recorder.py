@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lens.recorder import Recorder, RecorderError
+from lens.recorder import Recorder
+from lens.ring_files import RecorderError
 from lens.ring_reader import RingError, RingReader, write_control
 from lens.settings import Settings
 from lens.slots import SLOT_BYTES, iter_records, series_key
@@ -70,7 +71,7 @@ def test_any_mix_of_lengths_is_read_back_whole_or_counted(
         seen += [len(record["values"]) for record in iter_records(part)]
         slots, lost = slots + part.count, lost + part.lost
         assert part.count * SLOT_BYTES == len(part.slots)
-    assert slots + lost == recorder._next - 1
+    assert slots + lost == recorder.next - 1
     assert seen == lengths[len(lengths) - len(seen) :]
     assert lost > 0 or seen == lengths
 

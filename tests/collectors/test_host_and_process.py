@@ -14,7 +14,7 @@ from lens.collectors.host import HostCollector
 from lens.collectors.poller import Poller
 from lens.collectors.process import ProcessCollector, Target
 from lens.collectors.protocol import Group, Reading
-from lens.recorder import start_ticks
+from lens.ring_files import start_ticks
 
 
 def values(readings: list[Reading] | object) -> dict[str, float]:

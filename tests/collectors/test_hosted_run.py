@@ -17,7 +17,7 @@ from lens.collectors import segments
 from lens.collectors.hosted_run import HostedRun
 from lens.collectors.shipper import decompress
 from lens.collectors.tracked import TrackedProcess, read_about, ring_directories
-from lens.recorder import host_directory
+from lens.ring_files import host_directory
 from lens.settings import Settings
 from lens.slots import RingPart, decode_batch, iter_records
 from tests.collectors.agent_harness import ROOT, WRITER

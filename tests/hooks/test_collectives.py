@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import lens
+from lens.hooks import groups
 from tests.hooks.ringside import Recorded, read_rings, run_script
 
 pytestmark = pytest.mark.processes
@@ -241,3 +242,56 @@ def test_an_error_of_a_collective_reaches_the_training_unchanged(
     assert error_of() == plain
     dist.all_reduce(torch.ones(3))
     assert [call["bytes"] for call in recorded().collectives] == [12]
+
+
+@pytest.mark.usefixtures("alone")
+def test_numbers_stay_the_groups_own_when_others_call_collectives_too(
+    watch: Callable[..., None], recorded: Callable[[], Recorded]
+) -> None:
+    from torch.distributed import distributed_c10d
+
+    def by_another_way() -> None:
+        distributed_c10d.all_reduce(torch.ones(1))
+
+    watch()
+    expected, number = [], 0
+    for call in range(3 * groups.ASKED_FIRST):
+        number += 1
+        expected.append(number)
+        dist.all_reduce(torch.ones(1))
+        if call % 10 == 0 and call < groups.ASKED_FIRST:
+            by_another_way()
+            number += 1
+    found = [call["seq"] for call in recorded().collectives]
+    assert found == expected
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_rare_collective_that_passes_by_is_made_up_for(
+    watch: Callable[..., None], recorded: Callable[[], Recorded]
+) -> None:
+    from torch.distributed import distributed_c10d
+
+    watch()
+    for _ in range(2 * groups.ASKED_FIRST):
+        dist.all_reduce(torch.ones(1))
+    distributed_c10d.all_reduce(torch.ones(1))
+    for _ in range(groups.ASKED_EVERY + 1):
+        dist.all_reduce(torch.ones(1))
+    found = [call["seq"] for call in recorded().collectives]
+    assert len(set(found)) == len(found)
+    assert found[-1] == len(found) + 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_collectives_inside_a_compiled_region_break_no_graph(watch: Callable[..., None]) -> None:
+    def calls(batch: torch.Tensor) -> torch.Tensor:
+        twice = batch * 2
+        dist.all_reduce(twice)
+        whole = torch.zeros(4)
+        dist.all_gather_into_tensor(whole, twice)
+        return whole + 1
+
+    watch()
+    compiled = torch.compile(calls, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(4)).tolist() == [3.0] * 4
