@@ -1,11 +1,16 @@
 """A real mixture-of-experts training on this machine, seen live: trainer, agents, server and page at once.
 
-Four ranks (expert parallel 2 × data parallel 2) play two hosts of two simulated cards each; everything that is
-simulated says so. Ctrl-C ends every process. Faults are real effects:
+Four ranks (expert parallel 2 × data parallel 2) play a host with two simulated NVIDIA cards and one with two AMD
+cards; everything that is simulated says so. Ctrl-C ends every process. Faults are real effects, from a step on:
 
-    lens demo --fault slow_compute@40:2     rank 2 computes slower from step 40 on
+    lens demo --fault slow_compute@40:2     rank 2 computes slower, and its card clocks down as much
     lens demo --fault slow_loader@40:1      rank 1's data arrives late
-    lens demo --fault nan@40:3              rank 3's loss is not a number
+    lens demo --fault nan@40:3              rank 3's loss is not a number, once
+    lens demo --fault hot_expert@40:1       the experts of rank 1 and its replica get most of the tokens (dropless)
+    lens demo --fault gc@40:2               rank 2's garbage collector works long and often
+    lens demo --fault checkpoint@40:0       rank 0's checkpoints go to a slow disk; without :0 all ranks' do
+    lens demo --fault leak@40:3             rank 3 keeps a part of each step's data in host memory
+    lens demo --fault thermal@40:1          rank 1's card is too hot and clocks down; the rank computes as slowly
 """
 
 from __future__ import annotations
@@ -39,9 +44,9 @@ from lens.settings import Settings, default_rings
 HELP = "a real MoE training on this machine, live in a minute"
 HOSTS = 2
 RANKS_PER_HOST = 2
-CARDS = "H200,H200"
+CARDS = "H200,MI400"
 SERVER_PATIENCE_S = 60.0
-DRAIN_PATIENCE_S = 20.0
+DRAIN_PATIENCE_S = 60.0
 VERDICT_PATIENCE_S = 60.0
 SHIP_S = 0.25
 LINGER_S = 3600.0
@@ -51,9 +56,17 @@ LINGER_S = 3600.0
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
-    parser.add_argument("--fault", metavar="NAME@STEP:RANK", action="append", default=[], help="a real fault")
+    parser.add_argument(
+        "--fault",
+        metavar="NAME@STEP:RANK",
+        action="append",
+        default=[],
+        help="a real fault, several if given again; NAME@STEP:RANKxFACTOR sets how strong",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
-    parser.add_argument("--cards", default=CARDS, help="the simulated cards of the two hosts, such as H200,MI400")
+    parser.add_argument(
+        "--cards", default=CARDS, help="the simulated cards of the two hosts (default: %(default)s)"
+    )
     parser.add_argument("--dropless", action="store_true", help="no capacity limit: no token is dropped")
     add_data(parser)
     parser.add_argument("--port", type=int, default=8321, help="port of the page, 0 takes a free one")
@@ -150,6 +163,10 @@ class _Demo:
         return not any(path.parent.parent.name.startswith("host") for path in self.rings.rglob("about.json")
                        if '"role": "trainer"' in path.read_text())  # fmt: skip
 
+    def has_recorded(self) -> bool:
+        """Whether the rings of some rank have been put away."""
+        return (self.settings.data / "rings" / self.run).exists()
+
     def stop(self) -> None:
         """End trainer, agents and server in this order, so that what was recorded arrives."""
         if self.trainer is not None:
@@ -223,9 +240,11 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
         webbrowser.open(ready)
     assert demo.trainer is not None
     code = demo.trainer.wait()
-    wait_until(demo.drained, DRAIN_PATIENCE_S)
-    time.sleep(2 * SHIP_S)
     reader = ServerReader(demo.url, token)
+    wait_until(demo.drained, DRAIN_PATIENCE_S)
+    if demo.has_recorded():
+        # On a busy machine the last records take a while to arrive: a verdict before would call the end a silence.
+        wait_until(lambda: _ended(reader, demo.run), DRAIN_PATIENCE_S)
     if code and demo.run not in [entry["run"] for entry in reader.runs()]:
         log = demo.logs / "trainer.log"
         raise CommandError(f"the training ended with exit code {code} before its first record", f"see {log}")
@@ -242,6 +261,14 @@ def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
         while demo.server is not None and demo.server.poll() is None:
             time.sleep(0.5)
     return DONE if code == 0 else FAILED
+
+
+def _ended(reader: ServerReader, run: str) -> bool:
+    """Whether the server knows of the end of every rank."""
+    try:
+        return bool(reader.run(run)["state"] == "ended")
+    except CommandError:
+        return False
 
 
 def _verdict(reader: ServerReader, run: str) -> dict[str, Any]:

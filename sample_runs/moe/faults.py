@@ -5,34 +5,61 @@
 | slow_compute | forward and backward take FACTOR times as long; its simulated card clocks down as much | 2 |
 | slow_loader | its loader's workers sleep over each batch, FACTOR times as long as a step took before | 2 |
 | nan | the local loss is NaN at STEP, once | - |
+| hot_expert | all routers send its experts FACTOR times their even share of tokens; nothing is dropped | 1.8 |
+| gc | it makes FACTOR x 15,000 records a step that refer to each other: the collector works long and often | 1 |
+| checkpoint | its checkpoints go to a slow disk: each takes as long as FACTOR steps took before | 20 |
+| leak | it keeps FACTOR MiB of each step in host memory for ever | 2 |
+| thermal | its simulated card is too hot and clocks down, and it computes as slowly as the card says | - |
+
+``checkpoint@STEP`` without a rank is a slow disk below all ranks. Every rank has experts at the same place of its
+expert parallel group as some others, so a hot expert burdens all of these (`Fault.ranks`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-DEFAULT_FACTORS = {"slow_compute": 2.0, "slow_loader": 2.0, "nan": math.nan}
-_SPELLING = re.compile(r"(?P<name>\w+)@(?P<step>\d+):(?P<rank>\d+)(?:x(?P<factor>[\d.]+))?")
+from sample_runs.moe.card import Card
+
+DEFAULT_FACTORS = {
+    "slow_compute": 2.0,
+    "slow_loader": 2.0,
+    "nan": math.nan,
+    "hot_expert": 1.8,
+    "gc": 1.0,
+    "checkpoint": 20.0,
+    "leak": 2.0,
+    "thermal": math.nan,
+}
+RECORDS = 15_000
+"""Records that the gc fault makes a step: enough for a collection of all generations every few steps."""
+ROW_SECONDS = 15e-6
+"""Time that a card takes for one row of an expert's work, where experts are to be felt (`Pace.hold`)."""
+_DISK_BLOCK_BYTES = 256 * 1024
+_MIB = 1024 * 1024
+_SPELLING = re.compile(r"(?P<name>\w+)@(?P<step>\d+)(?::(?P<rank>\d+))?(?:x(?P<factor>[\d.]+))?")
+_OF_ALL_RANKS = ("checkpoint",)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, from which step, on which rank, how strong."""
+    """One fault: what, from which step, on which rank (None: on all), how strong."""
 
     name: str
     step: int
-    rank: int
+    rank: int | None
     factor: float
 
     @classmethod
@@ -43,34 +70,55 @@ class Fault:
             ValueError: not NAME@STEP:RANK, or a name that is not known.
         """
         found = _SPELLING.fullmatch(text)
-        if found is None:
+        if found is None or (found["rank"] is None and found["name"] not in _OF_ALL_RANKS):
             raise ValueError(f"{text!r} is not NAME@STEP:RANK, such as slow_compute@40:1")
         name = found["name"]
         if name not in DEFAULT_FACTORS:
             raise ValueError(f"unknown fault {name!r}; known: {', '.join(DEFAULT_FACTORS)}")
         factor = float(found["factor"]) if found["factor"] else DEFAULT_FACTORS[name]
-        return cls(name, int(found["step"]), int(found["rank"]), factor)
+        return cls(name, int(found["step"]), None if found["rank"] is None else int(found["rank"]), factor)
+
+    def ranks(self, world: int, expert_parallel: int) -> list[int]:
+        """Where the cause sits: the ranks that a true verdict names."""
+        if self.rank is None:
+            return list(range(world))
+        if self.name == "hot_expert":
+            return list(range(self.rank % expert_parallel, world, expert_parallel))
+        return [self.rank]
 
 
 class Faults:
     """The faults of one rank."""
 
     def __init__(self, faults: list[Fault], rank: int, batch: int, workers: int) -> None:
-        self._own = {fault.name: fault for fault in faults if fault.rank == rank}
-        self.pace = Pace()
+        self._own = {fault.name: fault for fault in faults if fault.rank in (rank, None)}
+        self.hot_expert = next((fault for fault in faults if fault.name == "hot_expert"), None)
+        """Felt by the routers of all ranks."""
+        self.pace = Pace(ROW_SECONDS if self.hot_expert else 0.0)
         # Shared with the loader's workers, which prefetch in processes of their own.
         self.sample_seconds = torch.zeros((), dtype=torch.float64).share_memory_()
         self._samples_at_once = batch / max(1, workers)
+        self._card = Card.of_this_rank()
         self._began = 0.0
         self._took: list[float] = []
+        self._tangles: deque[list[dict[str, Any]]] = deque(maxlen=3)
+        self._kept: list[torch.Tensor] = []
 
     def begin_step(self, step: int) -> None:
         """Let faults that begin at this step take effect."""
         self._learn_pace(step)
-        slow = self._own.get("slow_compute")
+        slow, hot = self._own.get("slow_compute"), self._own.get("thermal")
         if slow and step == slow.step:
-            self.pace.factor = slow.factor
-            slow_down_card(1 / slow.factor)
+            self._card.suffer(clock_factor=1 / slow.factor)
+        if hot and step == hot.step:
+            self._card.suffer(hot=True)
+        stretched = slow.factor if slow and step >= slow.step else 1.0
+        self.pace.factor = stretched / self._card.speed()
+        if littering := self._active("gc", step):
+            self._tangles.append(tangle(round(littering.factor * RECORDS)))
+        if leak := self._active("leak", step):
+            # Written, not only reserved: memory that nobody has touched is not resident.
+            self._kept.append(torch.full((round(leak.factor * _MIB),), step % 256, dtype=torch.uint8))
 
     def spoil_loss(self, step: int, loss: torch.Tensor) -> torch.Tensor:
         """The loss, made NaN where that was asked for."""
@@ -82,20 +130,31 @@ class Faults:
         slow = self._own.get("slow_loader")
         return slow.step if slow else None
 
-    def _learn_pace(self, step: int) -> None:
-        """Until the loader's fault begins: how long a step takes here, so that the fault is felt on any machine."""
-        slow = self._own.get("slow_loader")
-        now = time.monotonic()
-        if slow and 0 < step < slow.step:
-            self._took.append(now - self._began)
-            seconds = slow.factor * statistics.median(self._took)
-            self.sample_seconds.fill_(seconds / self._samples_at_once)
-        self._began = now
+    def write(self, step: int, path: Path, content: memoryview) -> None:
+        """Write a checkpoint to its disk, which may be slow."""
+        slow = self._active("checkpoint", step)
+        if slow is None:
+            path.write_bytes(content)
+            return
+        write_slowly(path, content, slow.factor * statistics.median(self._took))
 
     def end(self) -> None:
-        """Give the simulated card its speed back."""
-        if self.pace.factor != 1:
-            slow_down_card(1)
+        """Give the simulated card its health back."""
+        self._card.recover()
+
+    def _active(self, name: str, step: int) -> Fault | None:
+        fault = self._own.get(name)
+        return fault if fault and step >= fault.step else None
+
+    def _learn_pace(self, step: int) -> None:
+        """Until its fault begins: how long a step takes here, so that the fault is felt on any machine."""
+        now = time.monotonic()
+        paced = self._own.get("slow_loader") or self._own.get("checkpoint")
+        if paced and 0 < step < max(2, paced.step):
+            self._took.append(now - self._began)
+            if paced.name == "slow_loader":
+                self.sample_seconds.fill_(paced.factor * statistics.median(self._took) / self._samples_at_once)
+        self._began = now
 
 
 class Pace:
@@ -103,10 +162,16 @@ class Pace:
 
     Work is the time inside `working` but not inside `paused` (collectives, where a rank waits for others). It is
     stretched before each collective and at the end: the delay arises where the work is done.
+
+    Args:
+        row_seconds: time that the card takes for a row of an expert's work, beside the processor's own. Where ranks
+            are more than cores, what one rank has less to compute another gets in processor time: without a card's
+            time, uneven experts would not be felt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_seconds: float = 0.0) -> None:
         self.factor = 1.0
+        self.row_seconds = row_seconds
         self._since = 0
 
     @contextlib.contextmanager
@@ -125,20 +190,31 @@ class Pace:
         if self._since:
             self._since = time.monotonic_ns()
 
+    def hold(self, rows: int) -> None:
+        """Take the card's time for these rows."""
+        time.sleep(rows * self.row_seconds)
+
     def _stretch(self) -> None:
         if self.factor != 1 and self._since:
             worked = time.monotonic_ns() - self._since
             time.sleep((self.factor - 1) * worked / 1e9)
 
 
-def slow_down_card(factor: float) -> None:
-    """Tell the simulation of this rank's card, if there is one, to run its clock at this share of normal."""
-    device = os.environ.get("LENS_DEVICE")
-    if not device:
-        return
-    folder = Path(os.environ.get("LENS_RINGS") or f"/dev/shm/lens-{os.getuid()}") / "sim"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    target = folder / f"{device.replace('/', '_')}.fault.json"
-    partial = target.with_suffix(".new")
-    partial.write_text(json.dumps({"clock_factor": factor}))
-    partial.replace(target)
+def tangle(records: int) -> list[dict[str, Any]]:
+    """Records that know their neighbours on both sides: only the garbage collector can take them away."""
+    made: list[dict[str, Any]] = [{"place": place} for place in range(records)]
+    for before, after in zip(made, [*made[1:], made[0]], strict=True):
+        before["next"], after["previous"] = after, before
+    return made
+
+
+def write_slowly(path: Path, content: memoryview, seconds: float) -> None:
+    """Write to a disk that is done with each block before it takes the next, and needs `seconds` for all."""
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, len(content), _DISK_BLOCK_BYTES):
+            began = time.monotonic()
+            block = content[start : start + _DISK_BLOCK_BYTES]
+            file.write(block)
+            os.fsync(file.fileno())
+            left = seconds * len(block) / len(content) - (time.monotonic() - began)
+            time.sleep(max(0.0, left))

@@ -103,6 +103,11 @@ class MoeModel(nn.Module):
         """What each layer's router did in the last forward pass."""
         return [block.experts.routing for block in self.blocks]
 
+    def favour_experts(self, position: int, times: float) -> None:
+        """Let every router send the experts at this position `times` their even share of the tokens."""
+        for block in self.blocks:
+            block.experts.favour(position, times)
+
     def expert_parameters(self) -> list[nn.Parameter]:
         """Parameters of which this rank holds its own part."""
         return [parameter for block in self.blocks for parameter in (block.experts.up, block.experts.down)]
@@ -152,11 +157,20 @@ class Experts(nn.Module):
         self.up = _drawn(size.width, size.expert_hidden, first, self.own, seed * 1000)
         self.down = _drawn(size.expert_hidden, size.width, first, self.own, seed * 1000 + 500)
         self.routing = Routing([0] * size.experts, 0, 0)
+        self.favoured: tuple[slice, float] | None = None
+
+    def favour(self, position: int, times: float) -> None:
+        """Let the experts at a position of the expert parallel group have `times` their even share of the tokens."""
+        even = self.own / self.size.experts
+        # Of the tokens that are not made to, an even share comes by itself.
+        made = (times - 1) * even / (1 - even)
+        self.favoured = slice(position * self.own, (position + 1) * self.own), min(1.0, made)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The experts' weighted answers for tokens [n, width], and the balance loss (1 = even)."""
         probabilities = functional.softmax(self.router(tokens), dim=-1)
-        weights, choice = probabilities.topk(self.size.top_k, dim=-1)
+        choice = self._preferred(probabilities).topk(self.size.top_k, dim=-1).indices
+        weights = probabilities.gather(-1, choice)
         weights = weights / weights.sum(dim=-1, keepdim=True)
 
         # One row a (token, chosen expert), ordered by expert; a row past its expert's capacity is dropped.
@@ -176,6 +190,16 @@ class Experts(nn.Module):
         self.routing = Routing(counts.tolist(), len(order) - len(rows), worked)
         return mixed, balance
 
+    def _preferred(self, probabilities: Tensor) -> Tensor:
+        """What the choice goes by: the probabilities, with a bias in an even spread of tokens if some are favoured."""
+        if self.favoured is None:
+            return probabilities
+        experts, made = self.favoured
+        chosen = torch.arange(len(probabilities)) * made % 1 < made
+        biased = probabilities.detach().clone()
+        biased[chosen, experts] += 1
+        return biased
+
     def _travel(self, rows: Tensor, kept: Tensor) -> tuple[Tensor, int]:
         """Send rows, ordered by expert, to their experts and fetch the answers in the same order."""
         coming = self.ranks.exchange_counts(kept).view(-1, self.own)
@@ -184,7 +208,7 @@ class Experts(nn.Module):
         # Rows come ordered by source rank, then expert; the experts want them together.
         expert_of_row = torch.arange(self.own).repeat(len(arrive)).repeat_interleave(coming.flatten())
         order = expert_of_row.argsort(stable=True)
-        answers = self._work(here[order], coming.sum(0).tolist())
+        answers = self.ranks.on_card(self._work(here[order], coming.sum(0).tolist()))
         back = torch.empty_like(answers).index_copy(0, order, answers)
         return self.ranks.all_to_all(back, arrive, leave), len(here)
 

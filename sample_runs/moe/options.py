@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME@STEP:RANK",
-        help=f"break a rank from a step on: {', '.join(DEFAULT_FACTORS)}; may be repeated; xFACTOR sets how much",
+        help=f"break a rank from a step on: {', '.join(DEFAULT_FACTORS)}; may be repeated; xFACTOR sets how much; "
+        "hot_expert drops no token; checkpoint@STEP without a rank is a slow disk below all",
     )
     add("--hosts", type=int, default=1, help="hosts that the ranks play (default: this one)")
     add(
@@ -61,9 +63,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--name", default="sample MoE", help="name of the run (default %(default)s)")
     add("--no-lens", action="store_true", help="train without lens")
     options = parser.parse_args(arguments)
+    options.dropless |= any(fault.name == "hot_expert" for fault in options.fault)
     options.card = options.card.split(",")
     if len(options.card) not in (1, options.hosts):
         parser.error(f"--card names {len(options.card)} cards for {options.hosts} hosts")
+    world = options.world or int(os.environ.get("WORLD_SIZE", 1))
+    for fault in options.fault:
+        if fault.rank is not None and fault.rank >= world:
+            parser.error(f"{fault.name} on rank {fault.rank}: the ranks are 0 to {world - 1}")
+        if fault.name == "hot_expert" and (options.expert_parallel or min(2, world)) < 2:
+            parser.error("hot_expert needs experts on more than one rank: --world 2 or more, --expert-parallel 2")
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     return options

@@ -89,6 +89,12 @@ class Ranks:
         """Send `leave[i]` rows to rank i of the expert parallel group, receive `arrive[i]`; differentiable."""
         return _AllToAll.apply(rows, leave, arrive, self)  # type: ignore[no-any-return,no-untyped-call]
 
+    def on_card(self, rows: Tensor) -> Tensor:
+        """The rows, once the card has worked on them, forward and later backward."""
+        if not self.pace.row_seconds:
+            return rows
+        return _OnCard.apply(rows, self.pace)  # type: ignore[no-any-return,no-untyped-call]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
@@ -111,6 +117,20 @@ class _AllToAll(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         back = _exchange(gradients[0], context.arrive, context.leave, context.ranks)
         return back, None, None, None
+
+
+class _OnCard(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor, pace: Pace) -> Tensor:
+        context.pace = pace
+        pace.hold(len(rows))
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # A backward pass costs two forward passes.
+        context.pace.hold(2 * len(gradients[0]))
+        return gradients[0], None
 
 
 def _exchange(rows: Tensor, leave: list[int], arrive: list[int], ranks: Ranks) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -101,7 +102,7 @@ class Trainer:
 
     def train_step(self, step: int, batch: Tensor) -> tuple[float, bool]:
         """One step; returns the loss over all ranks and whether some rank wishes to stop."""
-        self.faults.begin_step(step)
+        self._begin_faults(step)
         rate = self._set_learning_rate(step)
         with self.lens.phase("forward"), self.faults.pace.working():
             own_loss, balance = self.model(batch)
@@ -120,6 +121,12 @@ class Trainer:
             self._log_experts()
             self._log(loss, own_loss.item(), gradient_norm, own_norm, rate)
         return loss, stopping
+
+    def _begin_faults(self, step: int) -> None:
+        self.faults.begin_step(step)
+        hot = self.faults.hot_expert
+        if hot and hot.rank is not None and step == hot.step:
+            self.model.favour_experts(hot.rank % self.layout.expert_parallel, hot.factor)
 
     def evaluate(self) -> float:
         """Mean loss on held-out text, over all ranks."""
@@ -142,7 +149,9 @@ class Trainer:
         target = folder / f"rank{self.rank}.pt"
         partial = target.with_suffix(".new")
         state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, partial)
+        content = io.BytesIO()
+        torch.save(state, content)
+        self.faults.write(step, partial, content.getbuffer())
         partial.replace(target)
 
     def _windows(self, training: Tensor) -> data.Windows:

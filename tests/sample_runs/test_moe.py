@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import signal
 import subprocess
 import sys
@@ -14,23 +13,14 @@ from typing import Any
 
 import pytest
 
-from sample_runs.moe import options
 from sample_runs.moe.data import Windows, read_corpus
-from sample_runs.moe.faults import Fault
 from sample_runs.moe.model import ModelSize, MoeModel
 from sample_runs.moe.parallel import Layout
 from sample_runs.moe.volume import Sent, expected_bytes
-from tests.hooks.ringside import ROOT, Recorded, read_rings, run_python
+from tests.hooks.ringside import ROOT, Recorded, read_rings
+from tests.sample_runs.running import STEPS, train
 
 pytestmark = pytest.mark.processes
-STEPS = 30
-
-
-def train(folder: Path, world: int, *more: str, steps: int = STEPS) -> subprocess.CompletedProcess[str]:
-    arguments = ["--world", str(world), "--steps", str(steps), "--out", str(folder / "out"), "--print-every", "10"]
-    done = run_python(["-m", "sample_runs.moe", *arguments, *more], folder / "rings", timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def losses(folder: Path, world: int) -> list[str]:
@@ -143,43 +133,6 @@ def test_eight_ranks_train(tmp_path: Path) -> None:
     assert "step     4/4" in done.stdout
 
 
-def test_faults_do_what_they_say(tmp_path: Path) -> None:
-    faults = ["--fault", "nan@8:1", "--fault", "slow_loader@12:0x20", "--fault", "slow_compute@16:1x4"]
-    train(tmp_path, 2, "--hosts", "2", "--checkpoint-every", "0", "--eval-every", "0", *faults, steps=24)
-    zero, one = read_rings(tmp_path / "rings")
-
-    not_finite = [[step for step, v in r.values("train.loss.local") if not math.isfinite(v)] for r in (zero, one)]
-    assert not_finite == [[], [8]]
-    assert [step for step, value in zero.values("train.loss") if not math.isfinite(value)] == [8]
-
-    def waits(recorded: Recorded, first: int, last: int) -> float:
-        return sum(
-            phase["t1"] - phase["t0"]
-            for phase in recorded.phases
-            if phase["name"] == "data" and phase["step"] is not None and first <= phase["step"] < last
-        )
-
-    assert waits(zero, 13, 24) > 3 * waits(one, 13, 24)
-    assert waits(zero, 13, 24) > 11 * 30e6
-
-    def own_work(recorded: Recorded, first: int, last: int) -> list[int]:
-        """Time of forward and backward outside collectives, ns a step."""
-        spent = []
-        for step in range(first, last):
-            phases = [p for p in recorded.phases if p["step"] == step and p["name"] in ("forward", "backward")]
-            calls = [c for c in recorded.collectives if c["step"] == step and c["phase"] in ("forward", "backward")]
-            spent.append(sum(p["t1"] - p["t0"] for p in phases) - sum(c["t1"] - c["t0"] for c in calls))
-        return sorted(spent)
-
-    def median(values: list[int]) -> int:
-        return values[len(values) // 2]
-
-    assert median(own_work(one, 16, 24)) > 2 * median(own_work(one, 2, 12))
-    assert median(own_work(one, 16, 24)) > 2 * median(own_work(zero, 16, 24))
-    assert not (tmp_path / "rings" / "sim" / "host0_gpu0.fault.json").exists()
-    assert (tmp_path / "rings" / "sim" / "host1_gpu0.fault.json").read_text() == '{"clock_factor": 1}'
-
-
 def test_asked_to_stop_it_ends_cleanly(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "sample_runs.moe", "--steps", "100000", "--no-lens", "--out", str(tmp_path)],
@@ -195,22 +148,6 @@ def test_asked_to_stop_it_ends_cleanly(tmp_path: Path) -> None:
     assert run.returncode == 0
     assert "asked to stop" in rest
     assert time.monotonic() - began < 30
-
-
-@pytest.mark.parametrize("text", ["slow_compute", "slow_compute@4", "unheard_of@4:1", "nan@x:1"])
-def test_a_fault_that_cannot_be_is_refused_with_the_way_to_write_it(
-    text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as refused:
-        options.parse(["--fault", text])
-    assert refused.value.code == 2
-    message = capsys.readouterr().err
-    assert "NAME@STEP:RANK" in message or "known: slow_compute" in message
-
-
-def test_a_fault_is_read_as_written() -> None:
-    assert Fault.parse("slow_compute@40:2") == Fault("slow_compute", 40, 2, 2.0)
-    assert Fault.parse("slow_loader@7:0x2.5") == Fault("slow_loader", 7, 0, 2.5)
 
 
 def test_ranks_and_seeds_read_different_text_and_repeat_it() -> None:

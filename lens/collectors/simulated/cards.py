@@ -101,9 +101,12 @@ class SimulatedCards:
         card.faults = faults
 
     def _publish(self, name: str, card: SimDevice) -> None:
-        """Tell the trainer how fast its card is, when that changed: the story holds from card to step time."""
+        """Tell the trainer how fast its card is: the story holds from card to step time.
+
+        Said again while it is slow: a state that grows old is nobody's, and the trainer passes it over.
+        """
         factor = round(card.speed_factor / _STATE_STEP) * _STATE_STEP
-        if factor == self._published.get(name, 1.0):
+        if factor == self._published.get(name, 1.0) == 1.0:
             return
         target = self._file(name, "state")
         partial = target.with_suffix(".new")

@@ -151,8 +151,8 @@ class SimDevice:
             peak = self.profile.flops["bf16"]
             done = sum(tick.flops for tick in self._ticks) * peak / TOY_PEAK_FLOPS
             self.tensor = min(1.0, done / window / peak)
-        self._set_power_and_clock(shares, seconds)
         self._set_temperature(seconds)
+        self._set_power_and_clock(shares, seconds)
         self._count(seconds, shares)
 
     def _spend(self, seconds: float) -> _Tick:

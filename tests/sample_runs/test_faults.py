@@ -1,0 +1,204 @@
+"""Each fault of the sample run is felt where it was put, and nowhere else."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lens.collectors.process import resident_bytes
+from lens.collectors.simulated.cards import SimulatedCards
+from sample_runs.moe import options
+from sample_runs.moe.card import Card
+from sample_runs.moe.faults import Fault, Faults, write_slowly
+from tests.hooks.ringside import Recorded, read_rings
+from tests.sample_runs.running import train
+
+SECOND, MIB = 10**9, 1 << 20
+
+
+@pytest.fixture
+def no_library_stays() -> Iterator[None]:
+    yield
+    sys.modules.pop("amdsmi", None)
+    if "pynvml" in sys.modules:
+        sys.modules["pynvml"].nvmlLib = None
+        sys.modules["pynvml"]._nvmlGetFunctionPointer_cache.clear()
+
+
+def spent(recorded: Recorded, phase: str, first: int, last: int) -> int:
+    """Time in a phase over some steps, ns."""
+    return sum(
+        found["t1"] - found["t0"]
+        for found in recorded.phases
+        if found["name"] == phase and found["step"] is not None and first <= found["step"] < last
+    )
+
+
+def own_work(recorded: Recorded, first: int, last: int) -> float:
+    """Time of forward and backward outside collectives, median of some steps, ns."""
+    each = []
+    for step in range(first, last):
+        phases = [p for p in recorded.phases if p["step"] == step and p["name"] in ("forward", "backward")]
+        calls = [c for c in recorded.collectives if c["step"] == step and c["phase"] in ("forward", "backward")]
+        each.append(sum(p["t1"] - p["t0"] for p in phases) - sum(c["t1"] - c["t0"] for c in calls))
+    return statistics.median(each)
+
+
+def share_of(recorded: Recorded, experts: slice, first: int, last: int) -> float:
+    """Share of this rank's tokens that its routers send to some experts."""
+    counts = [v["values"] for v in recorded.vectors if v["step"] is not None and first <= v["step"] < last]
+    return sum(sum(values[experts]) for values in counts) / sum(map(sum, counts))
+
+
+@pytest.mark.processes
+def test_a_nan_a_slow_loader_and_slow_computing_are_felt_on_their_rank(tmp_path: Path) -> None:
+    faults = ["--fault", "nan@8:1", "--fault", "slow_loader@12:0x20", "--fault", "slow_compute@16:1x4"]
+    train(tmp_path, 2, "--hosts", "2", "--checkpoint-every", "0", "--eval-every", "0", *faults, steps=24)
+    zero, one = read_rings(tmp_path / "rings")
+
+    not_finite = [[step for step, v in r.values("train.loss.local") if not math.isfinite(v)] for r in (zero, one)]
+    assert not_finite == [[], [8]]
+    assert [step for step, value in zero.values("train.loss") if not math.isfinite(value)] == [8]
+
+    assert spent(zero, "data", 13, 24) > 3 * spent(one, "data", 13, 24)
+    assert spent(zero, "data", 13, 24) > 11 * 30e6
+
+    assert own_work(one, 16, 24) > 2 * own_work(one, 2, 12)
+    assert own_work(one, 16, 24) > 2 * own_work(zero, 16, 24)
+    assert not (tmp_path / "rings" / "sim" / "host0_gpu0.fault.json").exists()
+    assert (tmp_path / "rings" / "sim" / "host1_gpu0.fault.json").read_text() == "{}"
+
+
+@pytest.mark.processes
+def test_hot_experts_garbage_and_a_slow_disk_are_felt_on_their_rank(tmp_path: Path) -> None:
+    faults = ["--fault", "hot_expert@8:1", "--fault", "gc@12:0", "--fault", "checkpoint@10:1"]
+    train(tmp_path, 2, "--checkpoint-every", "8", "--eval-every", "0", *faults, steps=24)
+    zero, one = read_rings(tmp_path / "rings")
+
+    for recorded in (zero, one):
+        assert share_of(recorded, slice(4, 8), 0, 8) < 0.7
+        assert share_of(recorded, slice(4, 8), 8, 24) > 0.8
+        assert {value for _, value in recorded.values("moe.tokens.dropped")} == {0.0}
+    assert own_work(one, 8, 24) > 1.3 * own_work(one, 2, 8)
+    assert own_work(one, 8, 24) > 1.5 * own_work(zero, 8, 24)
+
+    collected = [sum(step["gc_ns"] for step in r.steps if step["step"] >= 12) for r in (zero, one)]
+    assert collected[0] > 5 * max(collected[1], sum(step["gc_ns"] for step in zero.steps if step["step"] < 12))
+
+    assert spent(one, "checkpoint", 8, 24) > 3 * spent(zero, "checkpoint", 8, 24)
+    assert spent(one, "checkpoint", 8, 24) / 2 > 3 * spent(one, "checkpoint", 0, 8)
+
+
+def test_a_leak_keeps_the_memory_of_each_step() -> None:
+    leaky = Faults([Fault.parse("leak@3:0x8")], rank=0, batch=4, workers=1)
+    sound = Faults([Fault.parse("leak@3:0x8")], rank=1, batch=4, workers=1)
+    before = resident_bytes(os.getpid())
+    for step in range(11):
+        leaky.begin_step(step)
+        sound.begin_step(step)
+    after = resident_bytes(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert 7 * 8 * MIB < after - before < 12 * 8 * MIB
+
+
+def test_garbage_makes_python_collect_all_generations_again_and_again() -> None:
+    def collections() -> int:
+        return int(gc.get_stats()[2]["collections"])
+
+    gc.collect()
+    littering, before = Faults([Fault.parse("gc@0:0x4")], rank=0, batch=4, workers=1), collections()
+    for step in range(40):
+        littering.begin_step(step)
+    assert collections() >= before + 2
+
+
+def test_a_slow_disk_takes_its_time_and_keeps_every_byte(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    began = time.monotonic()
+    write_slowly(tmp_path / "file", memoryview(content), 0.2)
+    assert time.monotonic() - began >= 0.2
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.usefixtures("no_library_stays")
+@pytest.mark.parametrize("text", ["H200:1", "MI400:1"])
+def test_a_hot_card_throttles_and_its_rank_computes_as_slowly_as_it_says(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_RINGS", str(tmp_path))
+    monkeypatch.setenv("LENS_DEVICE", "host1/gpu0")
+    cards = SimulatedCards(text, "host1", tmp_path / "sim")
+    collector, card = cards.collector(), cards.cards["host1/gpu0"]
+    collector.probe()
+    faults = Faults([Fault.parse("thermal@1:0")], rank=0, batch=4, workers=1)
+
+    def seen(second: int) -> dict[str, float]:
+        card.work("compute", 0.9)
+        cards.advance(second * SECOND, {})
+        return {reading.metric: reading.value for reading in collector.read("fast")}
+
+    faults.begin_step(0)
+    seen(1)
+    healthy = seen(2)
+    assert faults.pace.factor == 1
+    faults.begin_step(1)
+    seen(3)
+    hot = seen(4)
+    faults.begin_step(2)
+    assert int(hot["gpu.throttle.reasons"]) & 0x60
+    assert not int(healthy["gpu.throttle.reasons"]) & 0x60
+    # The step takes longer by what the clock has lost, which is what the card's sensors show.
+    assert faults.pace.factor == pytest.approx(healthy["gpu.clock.sm"] / hot["gpu.clock.sm"], rel=0.02)
+    assert faults.pace.factor > 1.5
+    faults.end()
+    for second in range(5, 40):
+        seen(second)
+    assert Card.of_this_rank().speed() == 1
+
+
+def test_what_a_card_said_long_ago_is_passed_over(tmp_path: Path) -> None:
+    card, state = Card("host1.example.org/gpu0", tmp_path), tmp_path / "host1.example.org_gpu0.state.json"
+    state.write_text('{"speed_factor": 0.5}')
+    assert card.speed() == 0.5
+    os.utime(state, (0, 0))
+    assert card.speed() == 1
+    assert Card(None, tmp_path).speed() == 1
+
+
+@pytest.mark.parametrize("text", ["slow_compute", "slow_compute@4", "leak@4x3", "unheard_of@4:1", "nan@x:1"])
+def test_a_fault_that_cannot_be_is_refused_with_the_way_to_write_it(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        options.parse(["--world", "2", "--fault", text])
+    assert refused.value.code == 2
+    message = capsys.readouterr().err
+    assert "NAME@STEP:RANK" in message or "known: slow_compute" in message
+
+
+@pytest.mark.parametrize("words", [["--world", "2", "--fault", "nan@4:2"], ["--fault", "hot_expert@4:0"]])
+def test_a_fault_that_would_have_no_effect_is_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        options.parse(words)
+    assert refused.value.code == 2
+
+
+def test_a_fault_is_read_as_written() -> None:
+    assert Fault.parse("slow_compute@40:2") == Fault("slow_compute", 40, 2, 2.0)
+    assert Fault.parse("slow_loader@7:0x2.5") == Fault("slow_loader", 7, 0, 2.5)
+    assert Fault.parse("checkpoint@7x9") == Fault("checkpoint", 7, None, 9.0)
+
+
+def test_a_hot_expert_s_cause_sits_on_all_its_owners() -> None:
+    assert Fault.parse("hot_expert@4:3").ranks(world=8, expert_parallel=4) == [3, 7]
+    assert Fault.parse("gc@4:3").ranks(world=8, expert_parallel=4) == [3]
+    assert Fault.parse("checkpoint@4").ranks(world=2, expert_parallel=2) == [0, 1]
