@@ -10,12 +10,14 @@ killed between the two leaves a token without rows, and the repeated insert is t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,7 @@ class Applier:
         self._pending_rows = 0
         self._pending_bytes = 0
         self._changed = threading.Condition()
+        self._inserting = threading.Lock()
         self._applied = read_pointer(pointer)
         self._wanted = 0
         self._stopping = False
@@ -175,6 +178,20 @@ class Applier:
                         "ask again in a moment",
                     )
                 self._changed.wait(min(left, 0.5))
+
+    @contextlib.contextmanager
+    def quiet(self, timeout_s: float) -> Iterator[int]:
+        """Nothing is inserted while this lasts; the offset up to which the log is in the database.
+
+        Raises:
+            StoreBehindError: an insert takes longer than the time given.
+        """
+        if not self._inserting.acquire(timeout=timeout_s):
+            raise StoreBehindError("the database is busy inserting", "ask again in a moment")
+        try:
+            yield self._applied
+        finally:
+            self._inserting.release()
 
     def stop(self) -> None:
         """Apply what is there, then stop. What cannot be applied stays in the log."""
@@ -232,6 +249,10 @@ class Applier:
         return None
 
     def _apply(self, cut: Cut, items: list[Pending], inserted_before: bool) -> None:
+        with self._inserting:
+            self._apply_group(cut, items, inserted_before)
+
+    def _apply_group(self, cut: Cut, items: list[Pending], inserted_before: bool) -> None:
         group = self._group(cut, items)
         for attempt in range(10**9):
             try:

@@ -24,6 +24,7 @@ from lens.store.encodings import unpack
 from lens.store.engine import Store
 from lens.store.entries import BATCH, CUT, RUN, BatchEntry, Cut, RunEntry
 from lens.store.errors import StoreError, StoreFullError
+from lens.store.history import Arrivals
 from lens.store.log import Log
 from lens.store.ownership import Ownership
 from lens.store.registry import Registry
@@ -73,6 +74,7 @@ class DataFolder:
         self.limits = limits or Limits()
         self.ownership = Ownership(path)
         self._order = threading.Lock()
+        self.arrivals = Arrivals()
         try:
             self.log = Log(path / "log")
             self.store = Store(f"chdb://{(path / 'chdb').resolve()}")
@@ -107,6 +109,8 @@ class DataFolder:
                 entry = RunEntry(number, time.time_ns(), checked)
                 end = self.log.append(RUN, entry.pack())
                 run = self.registry.take_run(entry, end)
+                if known is None:
+                    self.arrivals.begin(number)
                 self._submit(Pending(end, number, described=True))
         self.log.sync(end)
         return run, known is None
@@ -151,6 +155,7 @@ class DataFolder:
             else:
                 end = self.log.append(BATCH, packed)
                 self._submit(self._pending(entry, end, decoded))
+                self.arrivals.add(number, end, decoded.tables)
         self.log.sync(end)
         self.registry.arrived(number)
         return Receipt(decoded.accepted, rejected.listed, rejected.count, duplicate)

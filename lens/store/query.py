@@ -21,6 +21,7 @@ from lens.store.errors import BadQueryError, StoreBehindError, StoreError, Unkno
 from lens.store.export.exporter import Export, Wanted, export_of
 from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
+from lens.store.history import ForgottenError, Histories, Update
 from lens.store.now import now_of
 from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, PHASE_DURATION, Selection
@@ -29,21 +30,12 @@ from lens.store.sql.answer import reply_of
 from lens.store.sql.guest import Guest, SqlAnswer
 from lens.tables import SCHEMA, Tables
 
-Evaluate = Callable[[Sequence[str], dict[str, Any], Tables, "int | None"], list[dict[str, Any]]]
-"""Runs functions of `lens.diagnosis`, given by name, on the same records."""
+Evaluate = Callable[[Sequence[str], dict[str, Any], Update, "int | None"], list[dict[str, Any]]]
+"""Runs functions of `lens.diagnosis`, given by name, on the history of a run (see `history`)."""
 DIAGNOSIS, LEDGER = "diagnose", "ledger"
 _KEPT_ANSWERS = 64
 _MOST_SPANS = 5000
 _NOW_PATIENCE_S = 1.0
-
-
-def evaluate_here(
-    names: Sequence[str], run: dict[str, Any], tables: Tables, upto_step: int | None
-) -> list[dict[str, Any]]:
-    """Run functions of `lens.diagnosis` in this process."""
-    from lens import diagnosis
-
-    return [getattr(diagnosis, name)(run, tables, upto_step) for name in names]
 
 
 class Query:
@@ -53,10 +45,11 @@ class Query:
     acknowledged records have not reached the database in time.
     """
 
-    def __init__(self, folder: DataFolder, evaluate: Evaluate = evaluate_here) -> None:
+    def __init__(self, folder: DataFolder, evaluate: Evaluate | None = None) -> None:
         self._folder = folder
         self._charts = Charts(folder.store, folder.registry)
-        self._evaluate = evaluate
+        self._evaluate = evaluate or Histories().evaluate
+        self._judging: dict[str, threading.Lock] = {}
         self._guest = Guest(folder.store, folder.registry, folder.limits.sql)
         self._answers: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
         self._answers_lock = threading.Lock()
@@ -276,13 +269,38 @@ class Query:
             known = [self._answers.get(key) for key in keys]
         if all(answer is not None for answer in known):
             return [answer for answer in known if answer is not None]
-        described, tables = self.tables(run)
-        answers = self._evaluate(names, {**described, "run": run}, tables, upto_step)
-        with self._answers_lock:
-            self._answers.update(zip(keys, answers, strict=True))
-            while len(self._answers) > _KEPT_ANSWERS:
-                self._answers.popitem(last=False)
+        # One at a time for a run: its history grows in order, and who waited finds the answer of who was first.
+        with self._judging.setdefault(run, threading.Lock()):
+            with self._answers_lock:
+                known = [self._answers.get(key) for key in keys]
+            if all(answer is not None for answer in known):
+                return [answer for answer in known if answer is not None]
+            answers = self._judged(self._settled(run), names, upto_step)
+            with self._answers_lock:
+                self._answers.update(zip(keys, answers, strict=True))
+                while len(self._answers) > _KEPT_ANSWERS:
+                    self._answers.popitem(last=False)
         return answers
+
+    def _judged(self, run: Run, names: tuple[str, ...], upto_step: int | None) -> list[dict[str, Any]]:
+        folder, described = self._folder, {**run.described, "run": run.id}
+
+        def read() -> tuple[int, Tables]:
+            with folder.applier.quiet(folder.limits.read_wait_s) as applied:
+                series = folder.registry.series(run.number)
+                return applied, read_tables(folder.store, run.number, series)
+
+        try:
+            try:
+                update = folder.arrivals.update(run.number, read)
+                return self._evaluate(names, described, update, upto_step)
+            except ForgottenError:
+                folder.arrivals.drop(run.number)
+                update = folder.arrivals.update(run.number, read)
+                return self._evaluate(names, described, update, upto_step)
+        except BaseException:
+            folder.arrivals.drop(run.number)
+            raise
 
     def _settled(self, run: str) -> Run:
         known = self._folder.registry.run(run)

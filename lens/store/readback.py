@@ -24,7 +24,11 @@ _OPEN_KEYS = {
 
 
 def read_tables(
-    store: Store, run: int, series: list[Series], where: str = "1", only: tuple[str, ...] | None = None
+    store: Store,
+    run: int,
+    series: list[Series],
+    where: str = "1",
+    only: tuple[str, ...] | None = None,
 ) -> Tables:
     """The records of a run for which `where` (a condition on columns that every table read has) holds.
 
@@ -34,7 +38,7 @@ def read_tables(
     result = Tables()
     for name in SCHEMA if only is None else only:
         if name in _PLAIN:
-            setattr(result, name, _closed(name, reader.plain(name)))
+            setattr(result, name, without_closed(name, reader.plain(name)))
         elif name == "samples":
             result.samples = reader.samples(series)
         else:
@@ -110,7 +114,7 @@ def _numbers(column: pa.ChunkedArray, kind: str) -> Column:
     return np.asarray(column.to_numpy(), DTYPES[kind])
 
 
-def _closed(name: str, table: Table) -> Table:
+def without_closed(name: str, table: Table) -> Table:
     """The table without the open spans that another row closes."""
     keys = _OPEN_KEYS.get(name)
     if keys is None:

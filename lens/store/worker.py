@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from lens.store.errors import StoreError, StoreFullError
-from lens.tables import Tables
+from lens.store.history import ForgottenError, Histories, Update
 
 MOST_WAITING = 8
 TIMEOUT_S = 300.0
@@ -35,18 +35,19 @@ class DiagnosisWorker:
         self._pool: ProcessPoolExecutor | None = None
 
     def evaluate(
-        self, names: Sequence[str], run: dict[str, Any], tables: Tables, upto_step: int | None
+        self, names: Sequence[str], run: dict[str, Any], update: Update, upto_step: int | None
     ) -> list[dict[str, Any]]:
-        """Results of the functions of these names.
+        """Results of the functions of these names, on the history that the update continues or begins.
 
         Raises:
+            ForgottenError: the process does not have that history.
             StoreFullError: too many are waiting already.
             StoreError: the function failed, or took too long.
         """
         if not self._places.acquire(blocking=False):
             raise StoreFullError("too many diagnoses are waiting", "ask again in a moment")
         try:
-            return self._evaluate(names, run, tables, upto_step)
+            return self._evaluate(names, run, update, upto_step)
         finally:
             self._places.release()
 
@@ -62,6 +63,8 @@ class DiagnosisWorker:
         pool = self._current()
         try:
             return pool.submit(_evaluate, tuple(names), *arguments).result(TIMEOUT_S)
+        except ForgottenError:
+            raise
         except BrokenProcessPool as error:
             self._discard(pool)
             raise StoreError("the diagnosis process died", "ask again; the server's log may say why") from error
@@ -106,9 +109,11 @@ def _begin() -> None:
         threading.Thread(target=follow, name="lens-follow", daemon=True).start()
 
 
-def _evaluate(
-    names: tuple[str, ...], run: dict[str, Any], tables: Tables, upto_step: int | None
-) -> list[dict[str, Any]]:
-    from lens import diagnosis
+_HISTORIES = Histories()
+"""Of the process that judges."""
 
-    return [getattr(diagnosis, name)(run, tables, upto_step) for name in names]
+
+def _evaluate(
+    names: tuple[str, ...], run: dict[str, Any], update: Update, upto_step: int | None
+) -> list[dict[str, Any]]:
+    return _HISTORIES.evaluate(names, run, update, upto_step)

@@ -15,6 +15,7 @@ from lens.slots import NULL
 from lens.store.charts import Window
 from lens.store.errors import BadQueryError, UnknownRunError, UnknownStepError
 from lens.store.folder import DataFolder
+from lens.store.history import Update
 from lens.store.query import Query
 from lens.store.relations import Selection
 
@@ -320,9 +321,13 @@ def test_runs_come_newest_first_and_an_unknown_one_is_an_error(folder: DataFolde
 def test_an_answer_is_kept_until_something_new_is_known(folder: DataFolder) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def evaluate(names: Any, run: dict[str, Any], tables: Any, upto: int | None) -> list[dict[str, Any]]:
+    rows = 0
+
+    def evaluate(names: Any, run: dict[str, Any], update: Update, upto: int | None) -> list[dict[str, Any]]:
+        nonlocal rows
         asked.append(tuple(names))
-        return [{"of": name, "rows": tables.total} for name in names]
+        rows += sum(part.total for part in update.parts)
+        return [{"of": name, "rows": rows} for name in names]
 
     query = Query(folder, evaluate)
     folder.describe_run({"run": "r"})
