@@ -245,6 +245,32 @@ def test_every_end_is_the_same(end: str, rings: Path) -> None:
     assert (watched.returncode, watched.stdout) == (alone.returncode, alone.stdout)
 
 
+@pytest.mark.long
+def test_a_rank_that_fails_ends_torchrun_as_it_would_without_lens(rings: Path) -> None:
+    script = """
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        model(torch.ones(2, 3))
+    dist.barrier()
+    """
+    command = [*TORCHRUN, written(rings, script)]
+
+    def told(stderr: str) -> list[str]:
+        return [line for line in stderr.splitlines() if line.startswith("[rank1]:")]
+
+    alone, watched = run_python(command, rings), under_lens(command, rings)
+    assert watched.returncode == alone.returncode == 1
+    assert told(watched.stderr) == told(alone.stderr) != []
+    recorded = {found.about["rank"]: found for found in read_rings(rings)}
+    assert [event["kind"] for event in recorded[1].events] == ["process.error"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_training_ends_as_killed_and_keeps_its_record(number: signal.Signals, rings: Path) -> None:
     script = programs.PLAIN_LOOP + f"import os\nos.kill(os.getpid(), {int(number)})\n"
