@@ -66,7 +66,7 @@ def test_every_command_shown_is_one_that_lens_takes(page: Path) -> None:
         for words in COMMAND.findall(block):
             if any(mark in words for mark in ("…", "...")) or words.split()[0].isupper():
                 continue
-            assert is_taken(parser, shlex.split(words)), f"{name_of(page)}: lens {words}"
+            assert is_taken(parser, shlex.split(words.replace("PID", "1"))), f"{name_of(page)}: lens {words}"
 
 
 def test_every_public_function_has_its_place_on_a_page() -> None:
