@@ -168,6 +168,7 @@ train.checkpoint.duration|s|h||+|Time of one checkpoint
 train.recompiles|{recompile}|c||+|Times the compiler compiled again
 train.sequence.squared|{token2}|g|||Sum of squared sequence lengths, which attention cost follows
 step.duration|s|v||+|Time of one step; a vector is over ranks
+step.self|s|v||+|Own time of a rank in one step: what collectives that hold it up leave of it
 step.tokens|{token}|g||-|Tokens that a rank works on in one step
 phase.duration|s|v|phase|+|Time of one phase; a vector is over ranks
 """,

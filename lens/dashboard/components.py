@@ -1,4 +1,4 @@
-"""The pieces that pages are built of. Python says what a panel shows; `assets/panels.js` draws it.
+"""The pieces that pages are built of. Python says what a panel shows; `assets/panels/index.js` draws it.
 
 A panel is a titled card with the tools that every picture has: its table, its PNG and its CSV.
 """
@@ -23,7 +23,7 @@ def panel(
     wide: bool = False,
     **more: str,
 ) -> Component:
-    """A card in which `kind` (a key of the drawing table in `assets/panels.js`) is drawn.
+    """A card in which `kind` (a key of the drawing table in `assets/panels/index.js`) is drawn.
 
     Args:
         kind: what draws it, such as "band" or "heatmap".

@@ -21,7 +21,14 @@ from lens.dashboard.pages import PAGES
 from lens.dashboard.pages.page import Page
 
 ASSETS = Path(__file__).parent / "assets"
-MODULES = tuple(sorted(path.name for path in ASSETS.glob("*.js") if path.name != "theme.js"))
+NO_MODULES = ("theme.js", "vendor")
+MODULES = tuple(
+    sorted(
+        str(path)
+        for found in ASSETS.rglob("*.js")
+        if (path := found.relative_to(ASSETS)).parts[0] not in NO_MODULES
+    )
+)
 UNUSED_SCRIPTS = ("/dash/dcc/", "/dash/dash_table/", "/dash/deps/polyfill")
 
 INDEX = """<!DOCTYPE html>
@@ -84,7 +91,7 @@ def build(server: FastAPI) -> dash.Dash:
 
 def layout() -> Component:
     """Header and all pages, each hidden until the address names it."""
-    header = dmc.AppShellHeader(
+    header = html.Header(
         [
             html.A("Skip to content", href="#content", className="lens-skip"),
             html.A(
@@ -96,45 +103,33 @@ def layout() -> Component:
             html.Div(id="run-name", className="lens-run-name"),
             html.Nav(_navigation(), id="navigation", className="lens-nav", hidden=True, **{"aria-label": "Pages"}),
             html.Div(id="status", className="lens-status", role="status"),
-            dmc.Group(
+            html.Div(
                 [
-                    dmc.ActionIcon(
-                        html.Span(className="lens-icon-theme", **{"aria-hidden": "true"}),
-                        id="theme-toggle",
-                        variant="subtle",
-                        color="gray",
-                        size="lg",
-                        **{"aria-label": "Dark or light colours"},
-                    ),
-                    dmc.ActionIcon(
-                        html.Span("?", **{"aria-hidden": "true"}),
-                        id="help-open",
-                        variant="subtle",
-                        color="gray",
-                        size="lg",
-                        **{"aria-label": "Keyboard shortcuts and how to read the pages"},
-                    ),
+                    _icon("theme-toggle", "Dark or light colours", html.Span(className="lens-icon-theme")),
+                    _icon("help-open", "What this page shows, and keys", html.Span("?")),
                 ],
-                gap=4,
-                wrap="nowrap",
+                className="lens-icons",
             ),
         ],
         className="lens-header",
     )
     pages = [page_section(page.name, page.title, page.layout()) for page in PAGES]
-    content = html.Div(
+    content = html.Main(
         [html.Div(id="notice", className="lens-notice", role="alert", hidden=True), *pages],
         id="content",
         **{"data-pages": json.dumps([_described(page) for page in PAGES])},
     )
     return dmc.MantineProvider(
-        dmc.AppShell(
-            [header, dmc.AppShellMain(content)],
-            header={"height": 56},
-            padding=0,
-        ),
+        html.Div([header, content]),
         defaultColorScheme="auto",
         theme={"fontFamily": "inherit", "primaryColor": "blue"},
+    )
+
+
+def _icon(identifier: str, label: str, sign: Component) -> Component:
+    hidden = html.Span(sign, **{"aria-hidden": "true"})
+    return html.Button(
+        hidden, id=identifier, type="button", title=label, className="lens-icon", **{"aria-label": label}
     )
 
 
@@ -147,4 +142,4 @@ def _navigation() -> list[Component]:
 
 
 def _described(page: Page) -> dict[str, str | None]:
-    return {"name": page.name, "title": page.title, "path": page.path, "key": page.key}
+    return {"name": page.name, "title": page.title, "path": page.path, "key": page.key, "shows": page.shows}

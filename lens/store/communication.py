@@ -15,6 +15,7 @@ import numpy as np
 from lens.slots import NULL
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError
+from lens.store.held import held_from, held_seconds
 from lens.store.readback import read_tables
 from lens.store.runs import Run
 from lens.tables import Column, Table, Tables
@@ -175,7 +176,7 @@ def _group(part: _Part, matrices: _Matrices) -> dict[str, Any]:
     whole = (counts == len(members)) & (counts > 1)
     final = np.repeat(starts + counts - 1, counts)
     kept = np.repeat(whole, counts)
-    begin = _blocking_start(rows)[order]
+    begin = held_from(rows)[order]
     wait = np.clip(entry[final] - begin, 0, np.maximum(left - begin, 0))
     wait = np.where((begin == NULL) | ~kept, 0, wait) / _NS
     if whole.any():
@@ -226,34 +227,21 @@ def _place_bytes(part: _Part, rows: Table, matrices: _Matrices) -> None:
         matrices.unplaced += int(size.sum())
 
 
-def _blocking_start(rows: Table) -> Column:
-    """When a rank began to be held by a collective; NULL for one that it never waited for."""
-    return np.where(rows["is_async"] == 1, rows["t_wait_ns"], rows["t0_ns"])
-
-
 def _per_rank(steps: Table, rows: Table, ranks: Column, matrices: _Matrices) -> list[dict[str, Any]]:
     result = []
     waits = np.nansum(matrices.wait, axis=1)
-    begin = _blocking_start(rows)
-    blocking = (rows["t1_ns"] != NULL) & (begin != NULL)
+    known = np.isin(rows["rank"], ranks)
+    place = np.searchsorted(ranks, rows["rank"][known])
+    held_s = np.zeros(len(ranks))
+    sums = held_seconds({name: values[known] for name, values in rows.items()}, place)
+    held_s[: len(sums)] = sums
     for index, rank in enumerate(ranks.tolist()):
         ended = (steps["rank"] == rank) & (steps["t1_ns"] != NULL)
-        own = blocking & (rows["rank"] == rank)
-        held = _covered(begin[own], rows["t1_ns"][own])
+        held = float(held_s[index])
         spent = float((steps["t1_ns"][ended] - steps["t0_ns"][ended]).sum()) / _NS
         wait = min(float(waits[index]), held)
         result.append({"rank": rank, "step_s": spent or None, "exposed_s": held - wait, "wait_s": wait})
     return result
-
-
-def _covered(begin: Column, end: Column) -> float:
-    """Seconds in the union of intervals."""
-    if not len(begin):
-        return 0.0
-    order = np.argsort(begin, kind="stable")
-    begin, end = begin[order], end[order]
-    before = np.concatenate((begin[:1], np.maximum.accumulate(end)[:-1]))
-    return float(np.maximum(end - np.maximum(begin, before), 0).sum()) / _NS
 
 
 def _listed(matrix: Column) -> list[list[float | None]]:

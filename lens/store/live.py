@@ -24,7 +24,7 @@ import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from lens.slots import NULL
-from lens.store.live_cells import Columns, Key, OpenPhases, cells_of
+from lens.store.live_cells import Carry, Columns, Key, cells_of
 from lens.tables import Tables
 
 WINDOW_CELLS = 262_144
@@ -70,7 +70,7 @@ class Window:
     last_step: int | None = None
     arrived: float | None = None
     last_arrival: dict[int, float] = field(default_factory=dict)
-    open_phases: OpenPhases = field(default_factory=dict)
+    carry: Carry = field(default_factory=Carry)
     diagnosis: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
     diagnosis_cursor: int = -1
@@ -120,7 +120,7 @@ class LiveFeed:
         now = self._clock()
         with window.lock:
             _note_arrivals(window, tables, now)
-            cells = cells_of(tables, window.open_phases)
+            cells = cells_of(tables, window.carry)
             window.cursor += 1
             entry = Entry(window.cursor, now, cells)
             window.entries.append(entry)

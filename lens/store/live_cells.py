@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lens.slots import NULL
+from lens.store.held import held_seconds
 from lens.tables import Tables
 
 Key = tuple[str, str | None]
@@ -18,10 +20,20 @@ Columns = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
 """Steps, ranks (-1 = none) and values, equally long."""
 OpenPhases = dict[tuple[str, int], tuple[int, float]]
 """For each (phase, rank): its newest step, and the seconds of it seen so far."""
+Held = dict[int, tuple[int, float]]
+"""For each rank: its newest step with a collective, and the seconds that collectives have held it up in it."""
 
 
-def cells_of(tables: Tables, open_phases: OpenPhases) -> dict[Key, Columns]:
-    """The cells of a batch: durations and tokens of steps, time in each phase, samples and vectors with a step."""
+@dataclass
+class Carry:
+    """What a batch must know of those before it: a step may come in several."""
+
+    phases: OpenPhases = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
+
+
+def cells_of(tables: Tables, carry: Carry) -> dict[Key, Columns]:
+    """The cells of a batch: duration, own time and tokens of steps, time in each phase, samples and vectors."""
     cells: dict[Key, Columns] = {}
     steps = tables.steps
     finished = steps["t1_ns"] != NULL
@@ -32,10 +44,35 @@ def cells_of(tables: Tables, open_phases: OpenPhases) -> dict[Key, Columns]:
         tokens = steps["tokens"][finished]
         if (known := tokens != NULL).any():
             cells["step.tokens", None] = _columns(step[known], rank[known], tokens[known])
-    cells.update(_phase_cells(tables, open_phases))
+    cells.update(_own_cells(tables, carry.held))
+    cells.update(_phase_cells(tables, carry.phases))
     _sample_cells(tables, cells)
     _vector_cells(tables, cells)
     return cells
+
+
+def _own_cells(tables: Tables, held: Held) -> Iterator[tuple[Key, Columns]]:
+    """Each finished step less what collectives held its rank up; none for a rank that has recorded no collective.
+
+    A rank's collectives come before the end of their step, in the same batch or in one before.
+    """
+    rows = tables.select("collectives", (tables.collectives["step"] != NULL) & (tables.collectives["rank"] >= 0))
+    steps = tables.select("steps", tables.steps["t1_ns"] != NULL)
+    keys, member = np.unique(np.stack([rows["rank"], rows["step"]], axis=1), axis=0, return_inverse=True)
+    seconds = held_seconds(rows, member.ravel())
+    known = {(rank, step): total for (rank, step), total in zip(keys.tolist(), seconds.tolist(), strict=True)}
+    known |= {(rank, step): known.get((rank, step), 0.0) + total for rank, (step, total) in held.items()}
+    held.update(
+        {rank: (step, known[rank, step]) for rank, step in keys.tolist() if step >= held.get(rank, (step,))[0]}
+    )
+    own = [
+        known.get((rank, step)) for rank, step in zip(steps["rank"].tolist(), steps["step"].tolist(), strict=True)
+    ]
+    told = np.array([each is not None for each in own], bool)
+    if told.any():
+        spent = (steps["t1_ns"] - steps["t0_ns"])[told] / 1e9
+        left = np.maximum(spent - np.array([each for each in own if each is not None]), 0)
+        yield ("step.self", None), _columns(steps["step"][told], steps["rank"][told], left)
 
 
 def _phase_cells(tables: Tables, open_phases: OpenPhases) -> Iterator[tuple[Key, Columns]]:

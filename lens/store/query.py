@@ -24,7 +24,7 @@ from lens.store.folder import DataFolder
 from lens.store.history import ForgottenError, Histories, Update
 from lens.store.now import now_of
 from lens.store.readback import read_tables
-from lens.store.relations import FROM_STEPS, PHASE_DURATION, Selection
+from lens.store.relations import FROM_STEPS, OWN_TIME, PHASE_DURATION, Selection, has_own_time
 from lens.store.runs import Run
 from lens.store.sql.answer import reply_of
 from lens.store.sql.guest import Guest, SqlAnswer
@@ -35,6 +35,9 @@ Evaluate = Callable[[Sequence[str], dict[str, Any], Update, "int | None"], list[
 DIAGNOSIS, LEDGER = "diagnose", "ledger"
 _KEPT_ANSWERS = 64
 _MOST_SPANS = 5000
+_OF_COLLECTIVE = ("group", "seq", "bytes", "phase")
+_OF_ASYNC = ("t_wait_ns", "t_done_ns")
+"""When its rank began to wait for it (absent: never), and when the transfer was over, if known."""
 _NOW_PATIENCE_S = 1.0
 
 
@@ -135,10 +138,11 @@ class Query:
         """The same as bytes; see `charts.heatmap_binary`."""
         return heatmap_binary(*self._charts.heatmap(self._settled(run), selection, window or Window(), rows, pool))
 
-    def latest(self, run: str, metric: str) -> list[dict[str, Any]]:
-        """Newest value of every series of a metric: rank, host, device, labels, t_ns, step, value."""
+    def latest(self, run: str, *metrics: str) -> list[dict[str, Any]]:
+        """Newest value of every series of some metrics: metric, rank, host, device, labels, t_ns, step, value."""
         known = self._settled(run)
-        series = {each.mid: each for each in self._folder.registry.series(known.number, metric)}
+        registry = self._folder.registry
+        series = {each.mid: each for metric in metrics for each in registry.series(known.number, metric)}
         if not series:
             return []
         found = self._folder.store.query(
@@ -147,6 +151,7 @@ class Query:
         )
         return [
             {
+                "metric": series[row["mid"]].metric,
                 "rank": None if row["rank"] < 0 else row["rank"],
                 "host": series[row["mid"]].host,
                 "device": series[row["mid"]].device,
@@ -330,6 +335,8 @@ class Query:
         names = {series.metric for series in self._folder.registry.series(run.number)}
         if self.runs_last_step(run) is not None:
             names |= {*FROM_STEPS, PHASE_DURATION}
+            if has_own_time(self._folder.store, self._folder.registry, run.number):
+                names.add(OWN_TIME)
         result = []
         for name in sorted(names):
             known = catalogue.get(name)
@@ -368,7 +375,9 @@ def _lanes(tables: Tables) -> list[dict[str, Any]]:
         lane(row["rank"])["spans"].append({key: row[key] for key in ("kind", "name", "t0_ns", "t1_ns")})
     for row in _dicts(tables, "collectives"):
         span = {"kind": "collective", "name": row["op"], "t0_ns": row["t0_ns"], "t1_ns": row["t1_ns"]}
-        extra = {key: row[key] for key in ("group", "seq", "bytes", "phase") if row[key] is not None}
+        extra = {key: row[key] for key in _OF_COLLECTIVE if row[key] is not None}
+        if row["is_async"] == 1:
+            extra |= {"async": True} | {key: row[key] for key in _OF_ASYNC if row[key] is not None}
         lane(row["rank"])["spans"].append({**span, **extra})
     for found in lanes.values():
         found["spans"] = sorted(found["spans"], key=lambda span: span["t0_ns"])[:_MOST_SPANS]

@@ -17,6 +17,7 @@ router = APIRouter(prefix="/api/v1", tags=["read"])
 
 Step = Annotated[int, Query(ge=-(2**62), le=2**62)]
 Metric = Annotated[str, Query(description="A metric of the catalogue, a user's own, step.duration, phase.duration")]
+Metrics = Annotated[str, Query(description="A metric, or several with commas between them")]
 Ranks = Annotated[str | None, Query(description="Ranks, such as 3 or 0,1,5; all without it")]
 Bound = Annotated[int | None, Query(ge=-(2**62), le=2**62, description="A step, or Unix ns on the time axis")]
 
@@ -81,10 +82,10 @@ def heatmap(
     return json_reply(_query(request).heatmap(run, selection, window, rows, pool))
 
 
-@router.get("/runs/{run}/latest", summary="Newest value of every series of a metric")
-def latest(request: Request, run: str, metric: Metric) -> Response:
-    """{"metric", "series": [{rank, host, device, labels, t_ns, step, value}]}."""
-    return json_reply({"metric": metric, "series": _query(request).latest(run, metric)})
+@router.get("/runs/{run}/latest", summary="Newest value of every series of a metric, or of several")
+def latest(request: Request, run: str, metric: Metrics) -> Response:
+    """{"metric", "series": [{metric, rank, host, device, labels, t_ns, step, value}]}."""
+    return json_reply({"metric": metric, "series": _query(request).latest(run, *metric.split(","))})
 
 
 @router.get("/runs/{run}/steps/{step}", summary="Every rank's spans of one step")

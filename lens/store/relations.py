@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from lens.slots import NULL
 from lens.store.engine import Store, quote
 from lens.store.errors import BadQueryError
+from lens.store.held import HELD_FROM
 from lens.store.registry import Registry
 from lens.store.rows import Series
 from lens.store.schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
 PHASE_DURATION = "phase.duration"
+OWN_TIME = "step.self"
+"""A rank's own time in a step: what collectives leave of it."""
+PRE_REDUCED = "comm.self"
+"""Large runs send own time themselves, a vector over ranks for each kind of group, operation and phase."""
 FROM_STEPS = {
     "step.duration": ("(t1_ns - t0_ns) / 1e9", f"t1_ns != {NULL}"),
     "step.tokens": ("toFloat64(tokens)", f"tokens != {NULL}"),
@@ -86,7 +91,16 @@ def relation_of(store: Store, registry: Registry, run: int, selection: Selection
         return _from_steps(store, run, selection)
     if selection.metric == PHASE_DURATION:
         return _from_phases(store, run, selection)
+    if selection.metric == OWN_TIME and not selection.labels:
+        return _from_collectives(store, run, selection) or _summed(store, registry, run, selection, PRE_REDUCED)
     return None
+
+
+def has_own_time(store: Store, registry: Registry, run: int) -> bool:
+    """Whether `OWN_TIME` can be told of a run."""
+    if registry.series(run, PRE_REDUCED):
+        return True
+    return bool(store.scalar(f"SELECT count() FROM (SELECT 1 FROM lens.collectives WHERE run = {run} LIMIT 1)"))
 
 
 def natural_axis(store: Store, registry: Registry, run: int, metric: str) -> str:
@@ -190,6 +204,44 @@ def _from_phases(store: Store, run: int, selection: Selection) -> Relation | Non
         f"FROM lens.spans WHERE {where} GROUP BY name, rank, step"
     )
     return Relation(sql, {name: Name(labels={"phase": name}) for name in names})
+
+
+def _from_collectives(store: Store, run: int, selection: Selection) -> Relation | None:
+    """Each step less the union of what holds its rank up; a rank without a recorded collective has no value."""
+    where = f"run = {run} AND {selection.rank_filter()}"
+    extent = store.query(
+        f"SELECT min(step) AS low, max(step) AS high, count() AS rows FROM lens.collectives WHERE {where} AND step >= 0"
+    ).to_pylist()[0]
+    if not extent["rows"]:
+        return None
+    # One interval after the other: how far the union reaches, and its length so far.
+    union = (
+        "arrayFold((sum, call) -> (greatest(sum.1, call.2), sum.2 + greatest(0, call.2 - greatest(call.1, sum.1))), "
+        "arraySort(groupArray((begin, end))), (toInt64(0), toInt64(0))).2"
+    )
+    calls = (
+        f"SELECT rank, step, {HELD_FROM} AS begin, t1_ns AS end FROM lens.collectives "
+        f"WHERE {where} AND step >= 0 AND t1_ns != {NULL} AND begin != {NULL}"
+    )
+    held = f"SELECT rank, step, {union} AS held FROM ({calls}) GROUP BY rank, step"
+    steps = f"SELECT rank, step, t0_ns, t1_ns FROM lens.steps WHERE {where} AND t1_ns != {NULL}"
+    sql = (
+        "SELECT '' AS key, s.rank AS rank, s.step AS step, s.t0_ns AS t_ns, "
+        "greatest(0, s.t1_ns - s.t0_ns - h.held) / 1e9 AS value "
+        f"FROM ({steps}) AS s INNER JOIN ({held}) AS h ON s.rank = h.rank AND s.step = h.step"
+    )
+    return Relation(sql, {"": Name()}, extent=(extent["low"], extent["high"]))
+
+
+def _summed(store: Store, registry: Registry, run: int, selection: Selection, metric: str) -> Relation | None:
+    """The sum of all vectors over ranks of another metric, rank by rank and step by step."""
+    chosen = registry.series(run, metric)
+    whole = Selection(metric, selection.ranks)
+    found = _from_vectors(store, run, whole, chosen) if chosen else None
+    if found is None:
+        return None
+    sql = f"SELECT '' AS key, rank, step, min(t_ns) AS t_ns, sum(value) AS value FROM ({found.sql}) GROUP BY rank, step"
+    return Relation(sql, {"": Name()})
 
 
 def _names(chosen: list[Series]) -> dict[int | str, Name]:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -17,7 +19,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from tests.dashboard import fake_store, synthetic
+from lens.dashboard import mount
+from lens.settings import Settings
+from lens.store.app import create_app
+from tests.dashboard import fake_store, full_run, synthetic
 
 FLAGS = [
     "--headless",
@@ -29,6 +34,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TOKEN = "token-of-these-tests"
+PATIENCE_MS = 60_000
 
 
 @dataclass
@@ -99,6 +106,35 @@ def server() -> Iterator[Server]:
         yield Server(running.url, clock=clock)
 
 
+class RealServer(Server):
+    """The real store; records are posted as an agent does, each batch with its sequence."""
+
+    _numbers = count()
+    _sequences = count(1)
+
+    def begin_full(self, steps: int = 0) -> str:
+        """A new run of `full_run` that has reported so many steps, and everything else."""
+        name = f"run{next(self._numbers)}"
+        self.post("/api/v1/runs", json.dumps(full_run.run_object(name)).encode())
+        if steps:
+            self.send(name, full_run.records(0, steps))
+        return name
+
+    def send(self, run: str, records: Any) -> None:
+        self.headers |= {"Lens-Source": "test", "Lens-Sequence": str(next(self._sequences))}
+        super().send(run, records)
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """The pages on the real store and the real diagnosis."""
+    folder: Path = tmp_path_factory.mktemp("data")
+    app = create_app(Settings.load(data=folder, token=TOKEN))
+    mount(app)
+    with Running(app) as running:
+        yield RealServer(running.url, {"Authorization": f"Bearer {TOKEN}"})
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """One headless Chromium for all tests of a worker."""
@@ -112,6 +148,25 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def profiles(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Browser profiles by scheme: pages of one share what was loaded, and are signed in to the real store."""
+    contexts: dict[str, Any] = {}
+
+    def profile(scheme: str, real_url: str | None) -> Any:
+        key = f"{scheme} {real_url}"
+        if key not in contexts:
+            contexts[key] = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+            contexts[key].set_default_timeout(PATIENCE_MS)
+            if real_url:
+                contexts[key].request.get(f"{real_url}/?token={TOKEN}")
+        return contexts[key]
+
+    yield profile
+    for context in contexts.values():
+        context.close()
+
+
 @dataclass
 class Watched:
     """What a page said and asked for."""
@@ -121,35 +176,38 @@ class Watched:
 
 
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens an address in a fresh profile. At the end no page may have complained in its console, raised an error,
+def open_page(browser: Any, profiles: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Opens the page of a server at a path. At the end no page may have complained in its console, raised an error,
     or asked another origin for anything."""
-    contexts: list[Any] = []
-    watched: list[tuple[str, Watched]] = []
+    own: list[Any] = []
+    pages: list[Any] = []
 
-    def opened(address: str, scheme: str = "light", script: str = "", **options: Any) -> Any:
-        options = {"viewport": {"width": 1280, "height": 900}, "color_scheme": scheme, **options}
-        context = browser.new_context(**options)
-        contexts.append(context)
+    def opened(server: Server, path: str, scheme: str = "light", script: str = "", fresh: bool = False) -> Any:
+        context = profiles(scheme, server.url if isinstance(server, RealServer) else None)
+        if fresh:  # keeps nothing, finds nothing
+            context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+            own.append(context)
+            if isinstance(server, RealServer) and "token=" not in path:
+                context.request.get(f"{server.url}/?token={TOKEN}")
         page = context.new_page()
+        pages.append(page)
         if script:
             page.add_init_script(script)
-        seen = Watched()
-        watched.append((address.split("/run/")[0].rstrip("/").split("/?")[0], seen))
+        seen = page.watched = Watched()
+        page.origin = server.url
         page.on(
             "console", lambda message: seen.complaints.append(message.text) if message.type == "error" else None
         )
         page.on("pageerror", lambda error: seen.complaints.append(str(error)))
         page.on("request", lambda request: seen.requests.append(request.url))
         page.on("websocket", lambda websocket: seen.requests.append(websocket.url.replace("ws://", "http://")))
-        page.watched = seen
-        page.goto(address)
+        page.goto(server.url + path)
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-    for origin, seen in watched:
-        assert seen.complaints == []
-        outside = [url for url in seen.requests if not url.startswith((origin, "data:", "blob:"))]
-        assert outside == []
+    for each in [*pages, *own]:
+        each.close()
+    for page in pages:
+        assert page.watched.complaints == []
+        allowed = (page.origin, "data:", "blob:")
+        assert [url for url in page.watched.requests if not url.startswith(allowed)] == []

@@ -166,6 +166,14 @@ def create_app(clock: Clock) -> FastAPI:
         body = struct.pack("<I", len(text)) + text + grid.astype("<f4").tobytes()
         return Response(body, media_type="application/octet-stream")
 
+    @app.get("/api/v1/runs/{run}/latest")
+    def latest(run: str, metric: str) -> dict[str, Any]:
+        return {"metric": metric, "series": []}
+
+    @app.get("/api/v1/runs/{run}/steps/{step}")
+    def step(run: str, step: int) -> dict[str, Any]:
+        return {"step": step, "ranks": []}
+
     @app.get("/api/v1/runs/{run}/diagnosis")
     def diagnosis(run: str) -> dict[str, Any]:
         empty = {"run": run, "upto_step": None, "status": "insufficient", "hypotheses": [], "coverage": {}}

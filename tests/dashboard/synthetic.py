@@ -113,6 +113,22 @@ def slow_device(run: str, upto_step: int, onset: int = 40) -> dict[str, Any]:
     }
 
 
+def several(upto_step: int) -> dict[str, Any]:
+    """Two troubles at once, the first with a rival and the second over, and a note that is no trouble."""
+    reply = slow_device("faulty", upto_step)
+    first = reply["hypotheses"][0]
+    unpriced = {"slowdown_pct": None, "lost_seconds_per_step": None, "lost_device_hours": None, "what_if": None}
+    leak = {
+        **first, **unpriced, "finding": 1, "cause": "slow_dataloader", "ranks": [1], "component": "host0",
+        "confidence": 0.81, "onset_step": 12, "detected_step": 17, "end_step": 30, "evidence": [], "against": [],
+    }  # fmt: skip
+    note = {
+        **leak, "finding": 2, "cause": "mixed_vendor_imbalance", "severity": "info", "ranks": [0, 1],
+        "component": None, "onset_step": 0, "detected_step": 8, "end_step": None,
+    }  # fmt: skip
+    return {**reply, "hypotheses": [*reply["hypotheses"], leak, note]}
+
+
 def ledger(upto_step: int, waiting: float = 0.06) -> dict[str, Any]:
     """Where the time of the ranks went; collection, bubbles and restarts were not measured."""
     wall = upto_step * 0.045 * 4

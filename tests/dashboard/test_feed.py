@@ -97,6 +97,19 @@ def test_parts_of_a_phase_are_summed_within_a_batch_and_across_batches() -> None
     assert cells == {("phase.duration", "forward", 1, 0): 1.0, ("phase.duration", "forward", 2, 0): 3.0}
 
 
+def test_own_time_is_the_step_less_what_held_its_rank_also_when_that_came_before() -> None:
+    feed = LiveFeed()
+
+    def collective(start: float, stop: float, **attrs: Any) -> dict[str, Any]:
+        return {**phase_record(1, "all_reduce", stop - start, start=int((1 + start) * 1e9)), "kind": "collective",
+                "attrs": {"group": "dp/0", "seq": 1, **attrs}}  # fmt: skip
+
+    feed.publish("run", tables_of(collective(0.0, 0.25), step_record(1, rank=3)))
+    feed.publish("run", tables_of(collective(0.25, 0.5, **{"async": True}), step_record(1, seconds=1)))
+    _, cells = decoded(feed.frame("run", None, {"step.self"}, {"step.self"})[1])
+    assert cells == {("step.self", None, 1, 0): 0.75}, "rank 3 has recorded no collective: nothing is known of it"
+
+
 def test_what_has_not_ended_is_no_cell() -> None:
     feed = LiveFeed()
     open_step = {**step_record(1), "t1_ns": None}

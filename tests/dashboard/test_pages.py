@@ -1,4 +1,4 @@
-"""The pages in a real browser: they draw what arrives, name what is missing, and keep the address true."""
+"""The pages in a real browser, on a store that says what the test wants: the verdict, the state, the pointer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests.dashboard import fake_store, synthetic
 from tests.dashboard.conftest import Running, Server
+from tests.dashboard.reading import drawn, pixels, press, says, text
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("dashboard")]
 Open = Callable[..., Any]
@@ -29,73 +30,34 @@ def run(server: Server) -> str:
     return name
 
 
-def drawn(page: Any, panel: str, step: int) -> None:
-    """Wait until a panel has drawn this step."""
-    page.wait_for_function(
-        "([panel, step]) => Number(document.getElementById(panel)?.dataset.drawnStep ?? -1) >= step",
-        arg=[panel, step],
-        timeout=20_000,
-    )
-
-
-def text(page: Any, selector: str) -> str:
-    return re.sub(r"[\s\u2009\u00a0]+", " ", page.locator(selector).inner_text())
-
-
-def pixels(page: Any, selector: str) -> str:
-    """What a canvas shows."""
-    result: str = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
-    return result
-
-
-def colours(page: Any, selector: str) -> int:
-    """How many different colours a canvas holds."""
-    script = """canvas => new Set(new Uint32Array(canvas.getContext('2d')
-        .getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"""
-    result: int = page.eval_on_selector(selector, script)
-    return result
-
-
-def test_overview_draws_what_arrives_while_it_is_open(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+def test_the_table_beside_a_picture_grows_with_it(server: Server, open_page: Open, run: str) -> None:
+    page = open_page(server, f"/run/{run}")
     drawn(page, "step-time", 59)
-    before = {panel: pixels(page, f"#{panel} canvas") for panel in ("step-time", "tokens", "loss")}
-    assert all(colours(page, f"#{panel} canvas") > 3 for panel in before)
-    server.send(run, synthetic.steps(60, 90))
-    drawn(page, "step-time", 89)
-    for panel, picture in before.items():
-        drawn(page, panel, 89)
-        assert pixels(page, f"#{panel} canvas") != picture
-    assert "Last step 89 4 of 4 ranks reporting" in text(page, "#numbers")
+    says(page, "#numbers", "Last step 59 4 of 4 ranks reporting")
     assert "live" in text(page, "#status")
-    page.click("#step-time .lens-panel-tools button:text-is('Table')")
-    page.wait_for_selector("#step-time tbody th:text-is('89')")
-    server.send(run, synthetic.steps(90, 95))
-    page.wait_for_selector("#step-time tbody th:text-is('94')")
+    press(page, "step-time", "Table")
+    page.wait_for_selector("#step-time tbody th:text-is('59')")
+    server.send(run, synthetic.steps(60, 65))
+    page.wait_for_selector("#step-time tbody th:text-is('64')")
+    says(page, "#numbers", "Last step 64")
 
 
-def test_rank_map_draws_what_arrives_while_it_is_open(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}/ranks?m=phase.duration:forward")
+def test_the_slowest_rank_is_followed_where_none_is_chosen(server: Server, open_page: Open, run: str) -> None:
+    page = open_page(server, f"/run/{run}/ranks?m=phase.duration:forward")
     drawn(page, "rank-map", 59)
-    before = pixels(page, "#rank-map canvas.lens-map")
     server.send(run, synthetic.steps(60, 200, slow=(2, 60, 2.0)))
     drawn(page, "rank-map", 199)
-    assert pixels(page, "#rank-map canvas.lens-map") != before
-    # No rank is chosen: the slowest is shown, looked for anew every few seconds.
-    page.wait_for_selector("#rank-series .lens-panel-legend :text('highest median')")
-    for step in range(200, 240):
+    says(page, "#rank-series .lens-panel-legend", "no rank chosen: shown is the one with the highest median")
+    for step in range(200, 240):  # it is looked for anew every few seconds
         if "rank 2" in text(page, "#rank-series .lens-panel-legend"):
             break
         server.send(run, synthetic.steps(step, step + 1, slow=(2, 60, 2.0)))
         time.sleep(0.2)
     assert "rank 2" in text(page, "#rank-series .lens-panel-legend")
-    page.click("#rank-map .lens-panel-tools button:text-is('Table')")
-    page.wait_for_function("() => document.querySelectorAll('#rank-map tbody tr').length === 4")
-    assert "host1/gpu0" in text(page, "#rank-map tbody tr:nth-child(3)")
 
 
 def test_the_pointer_reads_a_cell_and_a_click_follows_the_rank(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}/ranks")
+    page = open_page(server, f"/run/{run}/ranks")
     drawn(page, "rank-map", 59)
     box = page.locator("canvas.lens-map-over").bounding_box()
     row_of_rank_3 = box["y"] + 16 + 3.5 * 34
@@ -110,7 +72,7 @@ def test_the_pointer_reads_a_cell_and_a_click_follows_the_rank(server: Server, o
 
 
 def test_the_map_can_be_read_with_the_keyboard(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}/ranks")
+    page = open_page(server, f"/run/{run}/ranks")
     drawn(page, "rank-map", 59)
     page.focus("canvas.lens-map-over")
     page.keyboard.press("ArrowDown")
@@ -122,11 +84,12 @@ def test_the_map_can_be_read_with_the_keyboard(server: Server, open_page: Open, 
 
 
 def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+    page = open_page(server, f"/run/{run}")
     page.wait_for_selector("#verdict[data-status='insufficient']")
     server.judge(run, synthetic.healthy(run, 59), synthetic.ledger(59))
     page.wait_for_selector("#verdict[data-status='healthy']")
     assert text(page, "#verdict h2") == "Nothing holds this run back."
+    assert page.locator("#findings").is_hidden()
     server.judge(run, synthetic.slow_device(run, 59, onset=40), synthetic.ledger(59, waiting=0.21))
     page.wait_for_selector("#verdict[data-status='degraded']")
     verdict = text(page, "#verdict")
@@ -134,9 +97,10 @@ def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page
         "Rank 2 (host1/gpu0) computes slower than its peers since step 40.",
         "38.4 % longer",
         "confidence 94 %",
+        "What to do Take host1/gpu0 out of the job",
         "SM clock of rank 2 990 MHz instead of 1 980 MHz (−50 %)",
         "Hot expert: milliseconds per token rose",
-        "Take host1/gpu0 out of the job",
+        "Shared card: less likely, confidence 4.0 %",
         "42.4 ms instead of 58.7 ms",
         "Judged without: net.rdma.retransmits",
     ):
@@ -146,38 +110,68 @@ def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page
     assert "Not measured in this run: garbage collection, pipeline bubble" in ledger
 
 
-def test_the_address_restores_exactly_what_was_shown(server: Server, open_page: Open, run: str) -> None:
-    path = f"/run/{run}/ranks?x=10-40&rank=3,1&m=phase.duration:forward"
-    page = open_page(server.url + path)
-    drawn(page, "rank-map", 40)
-    assert page.input_value("#metric") == "phase.duration:forward"
-    assert page.input_value("#rank-filter") == "3,1"
-    assert "only steps 10–40" in text(page, "#status")
-    legend = text(page, "#rank-series .lens-panel-legend")
-    assert "rank 3" in legend
-    assert "rank 1" in legend
+def test_all_findings_are_listed_and_lead_to_where_they_show(server: Server, open_page: Open, run: str) -> None:
+    server.judge(run, synthetic.several(59), synthetic.ledger(59))
+    page = open_page(server, f"/run/{run}")
+    rows = page.locator("#findings tbody tr")
+    rows.nth(2).wait_for()
+    first, over, note = (re.sub(r"\s+", " ", rows.nth(row).inner_text()) for row in range(3))
+    assert (
+        "▲ warning Rank 2 (host1/gpu0) computes slower than its peers. or, less likely: Shared card (4.0 %)"
+        in first
+    )
+    assert "40 44 not over 16.3 ms (38.4 %) 94 % Hardware" in first
+    assert "Rank 1 (host0) waits for its own data loader. 12 17 30 n/a 81 %" in over
+    assert "ⓘ note Cards of different speed wait for each other. 0 8 not over n/a" in note
+    assert "Rank 2 (host1/gpu0) computes slower" in text(page, "#verdict h2"), "a note is not the verdict"
+    drawn(page, "step-time", 59)
+    page.click("#findings a:text-is('Ranks: time in data')")
+    drawn(page, "rank-map", 59)
+    assert page.url == f"{server.url}/run/{run}/ranks?rank=1&m=phase.duration:data"
+
+
+def test_a_note_alone_raises_no_alarm(server: Server, open_page: Open, run: str) -> None:
+    reply = synthetic.several(59)
+    server.judge(run, {**reply, "status": "healthy", "hypotheses": reply["hypotheses"][-1:]}, synthetic.ledger(59))
+    page = open_page(server, f"/run/{run}/hardware")
+    page.wait_for_selector("#hardware-grid [data-device='host0/gpu0']")
+    assert "▲" not in text(page, "#hardware-grid")
     page.keyboard.press("g")
     page.keyboard.press("o")
-    page.wait_for_selector("#page-overview:not([hidden])")
-    assert page.url == f"{server.url}/run/{run}?x=10-40&rank=3,1&m=phase.duration:forward"
-    drawn(page, "step-time", 40)
-    page.click("#step-time .lens-panel-tools button:text-is('Table')")
-    page.wait_for_selector("#step-time tbody tr")
-    steps = page.eval_on_selector_all("#step-time tbody th", "cells => cells.map(cell => Number(cell.innerText))")
-    assert (min(steps), max(steps)) == (10, 40)
+    page.wait_for_selector("#verdict[data-status='healthy']")
+    assert "ⓘ note" in text(page, "#findings")
+
+
+def test_what_is_chosen_is_in_the_address(server: Server, open_page: Open, run: str) -> None:
+    page = open_page(server, f"/run/{run}/ranks", fresh=True)
+    drawn(page, "rank-map", 59)
+    page.select_option("#metric", "phase.duration:forward")
+    page.fill("#rank-filter", "3, 1")
+    page.press("#rank-filter", "Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("+")
+    page.keyboard.press("g")
+    page.keyboard.press("s")
+    drawn(page, "step-stack", 40)
+    page.click("button:text-is('▶')")
+    page.wait_for_function("() => location.search === '?x=15-44&rank=3,1&m=phase.duration:forward&step=45'")
+    address = page.url
     page.keyboard.press("g")
     page.keyboard.press("r")
-    page.wait_for_selector("#page-ranks:not([hidden])")
-    assert page.url == server.url + path
-    page.reload()
-    drawn(page, "rank-map", 40)
-    assert page.url == server.url + path
+    says(page, "#rank-series .lens-panel-legend", "rank 3")
+    assert page.input_value("#metric") == "phase.duration:forward"
+    assert page.input_value("#rank-filter") == "3,1"
+    assert "only steps 15–44" in text(page, "#status")
+    press(page, "rank-series", "Table")
+    steps = page.eval_on_selector_all("#rank-series tbody th", "cells => cells.map(cell => Number(cell.innerText))")
+    assert (min(steps), max(steps)) == (15, 44)
     page.go_back()
-    page.wait_for_selector("#page-overview:not([hidden])")
+    page.wait_for_selector("#page-steps:not([hidden])")
+    assert page.url == address
 
 
 def test_zoom_by_dragging_and_by_keys(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+    page = open_page(server, f"/run/{run}")
     drawn(page, "step-time", 59)
     box = page.locator("#step-time .u-over").bounding_box()
     middle = box["y"] + box["height"] / 2
@@ -194,7 +188,7 @@ def test_zoom_by_dragging_and_by_keys(server: Server, open_page: Open, run: str)
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system_and_the_reader(server: Server, open_page: Open, run: str, scheme: str) -> None:
-    page = open_page(f"{server.url}/run/{run}", scheme)
+    page = open_page(server, f"/run/{run}", scheme, fresh=True)
     drawn(page, "step-time", 59)
     ground = "() => getComputedStyle(document.body).backgroundColor"
     bright = {"light": "rgb(245, 246, 248)", "dark": "rgb(14, 19, 24)"}
@@ -210,7 +204,7 @@ def test_colours_follow_the_system_and_the_reader(server: Server, open_page: Ope
 
 
 def test_a_silent_run_is_called_stale_and_its_pictures_fade(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+    page = open_page(server, f"/run/{run}")
     page.wait_for_selector("#status [data-state='live']")
     opacity = "() => Number(getComputedStyle(document.querySelector('#step-time canvas')).opacity)"
     assert page.evaluate(opacity) == 1
@@ -225,7 +219,7 @@ def test_a_silent_run_is_called_stale_and_its_pictures_fade(server: Server, open
 def test_an_ended_run_is_called_ended(server: Server, open_page: Open, run: str) -> None:
     server.post("/api/v1/runs", json.dumps({"run": run, "state": "ended"}).encode())
     with server.later(60):
-        page = open_page(f"{server.url}/run/{run}")
+        page = open_page(server, f"/run/{run}")
         page.wait_for_selector("#status [data-state='ended']")
         drawn(page, "step-time", 59)
         assert "run ended · 4 ranks" in text(page, "#numbers")
@@ -234,9 +228,9 @@ def test_an_ended_run_is_called_ended(server: Server, open_page: Open, run: str)
 def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open) -> None:
     name = f"bare-{next(NUMBERS)}"
     server.begin(name)
-    page = open_page(f"{server.url}/run/{name}")
+    page = open_page(server, f"/run/{name}")
     page.wait_for_selector("#step-time .lens-message:has-text('no step has ended yet')")
-    assert "Step time n/a no step has ended yet" in text(page, "#numbers")
+    says(page, "#numbers", "Step time n/a no step has ended yet")
     assert "Waiting for the first step." in text(page, "#verdict")
     bare = [{**record, "attrs": {}} for record in synthetic.steps(0, 20) if record.get("kind") == "step"]
     server.send(name, [record for record in bare if record["rank"] != 3])
@@ -248,7 +242,7 @@ def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open
 
 
 def test_a_loss_that_is_no_number_is_said_and_not_drawn(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+    page = open_page(server, f"/run/{run}")
     drawn(page, "loss", 59)
     now = time.time_ns()
     server.send(
@@ -265,7 +259,7 @@ def test_a_loss_that_is_no_number_is_said_and_not_drawn(server: Server, open_pag
 
 
 def test_the_list_of_runs_leads_to_the_newest(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(server.url)
+    page = open_page(server, "/")
     page.click("a.lens-button")
     page.wait_for_url(f"{server.url}/run/{run}")
     drawn(page, "step-time", 59)
@@ -274,29 +268,14 @@ def test_the_list_of_runs_leads_to_the_newest(server: Server, open_page: Open, r
     page.wait_for_selector("#page-runs:not([hidden]) table")
 
 
-def test_help_opens_and_closes_by_key(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
-    drawn(page, "step-time", 59)
+def test_help_says_what_the_open_page_shows(server: Server, open_page: Open, run: str) -> None:
+    page = open_page(server, f"/run/{run}/ranks")
+    drawn(page, "rank-map", 59)
     page.keyboard.press("?")
-    page.wait_for_selector("dialog[open] :text('Reading the pages')")
+    says(page, "dialog[open]", "This page: Ranks One row a rank, one column a step")
+    says(page, "dialog[open]", "Every rank, every step. Brighter is more")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
-
-
-@pytest.mark.parametrize(("path", "panel"), [("", "step-time"), ("/ranks", "rank-map")])
-def test_every_picture_can_be_saved(server: Server, open_page: Open, run: str, path: str, panel: str) -> None:
-    page = open_page(f"{server.url}/run/{run}{path}")
-    drawn(page, panel, 59)
-    with page.expect_download() as saved:
-        page.click(f"#{panel} .lens-panel-tools button:text-is('CSV')")
-    lines = saved.value.path().read_text().splitlines()
-    assert saved.value.suggested_filename == f"{run}-{panel}.csv"
-    assert lines[0].startswith("step,")
-    assert len(lines) == (61 if panel == "step-time" else 4 * 60 + 1)
-    assert "(s)" in lines[0]
-    with page.expect_download() as saved:
-        page.click(f"#{panel} .lens-panel-tools button:text-is('PNG')")
-    assert saved.value.path().read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_single_slow_step_stays_visible_when_steps_share_a_column(server: Server, open_page: Open) -> None:
@@ -306,10 +285,10 @@ def test_a_single_slow_step_stays_visible_when_steps_share_a_column(server: Serv
     slow = next(record for record in records if record["rank"] == 1 and record["step"] == 1777)
     slow["t1_ns"] += 10**9
     server.send(name, records)
-    page = open_page(f"{server.url}/run/{name}/ranks")
+    page = open_page(server, f"/run/{name}/ranks")
     drawn(page, "rank-map", 3000)
     assert "each column: the highest of 3 steps" in text(page, "#rank-map .lens-panel-legend")
-    page.click("#rank-map .lens-panel-tools button:text-is('Table')")
+    press(page, "rank-map", "Table")
     page.wait_for_selector("#rank-map tbody tr")
     assert "1.04 s" in text(page, "#rank-map tbody tr:nth-child(2)") or "1.05 s" in text(
         page, "#rank-map tbody tr:nth-child(2)"
@@ -317,7 +296,7 @@ def test_a_single_slow_step_stays_visible_when_steps_share_a_column(server: Serv
 
 
 def test_a_page_weighs_less_than_two_megabytes(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}")
+    page = open_page(server, f"/run/{run}")
     drawn(page, "step-time", 59)
     script = """() => [...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]
         .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
@@ -330,7 +309,7 @@ def test_the_page_goes_on_where_it_was_when_its_connection_was_cut(
 ) -> None:
     note_sockets = """const Plain = WebSocket; window.sockets = [];
         window.WebSocket = class extends Plain { constructor(url) { super(url); window.sockets.push(this); } };"""
-    page = open_page(f"{server.url}/run/{run}", script=note_sockets)
+    page = open_page(server, f"/run/{run}", script=note_sockets)
     drawn(page, "step-time", 59)
     page.wait_for_selector("#status [data-state='live']")
     page.evaluate("() => window.sockets[0].close()")
@@ -339,18 +318,23 @@ def test_the_page_goes_on_where_it_was_when_its_connection_was_cut(
     drawn(page, "step-time", 69)
     page.wait_for_selector("#status [data-state='live']")
     assert "cursor=" in page.evaluate("() => window.sockets.at(-1).url")
-    page.click("#step-time .lens-panel-tools button:text-is('Table')")
+    press(page, "step-time", "Table")
     page.wait_for_selector("#step-time tbody th:text-is('60')")
 
 
-def test_the_server_stops_while_a_page_is_open(browser: Any) -> None:
+def test_an_empty_store_names_the_command_that_fills_it_and_the_server_stops_while_a_page_is_open(
+    browser: Any,
+) -> None:
     context = browser.new_context()
     with Running(fake_store.create_app(fake_store.Clock())) as running:
         server = Server(running.url)
+        page = context.new_page()
+        page.goto(running.url)
+        page.wait_for_selector("#runs-list code:text-is('lens demo')")
+        assert "lens run -- torchrun train.py" in text(page, "#runs-list")
         server.begin("moe")
         server.send("moe", synthetic.steps(0, 5))
-        page = context.new_page()
-        page.goto(f"{running.url}/run/moe")
+        page.click("#runs-list a.lens-button")
         page.wait_for_selector("#status [data-state='live']")
     page.wait_for_selector("#status [data-state='offline']")
     context.close()
@@ -368,5 +352,5 @@ def test_pages_carry_a_strict_policy(server: Server) -> None:
 
 
 def test_an_unknown_address_says_so(server: Server, open_page: Open, run: str) -> None:
-    page = open_page(f"{server.url}/run/{run}/nonsense")
+    page = open_page(server, f"/run/{run}/nonsense")
     page.wait_for_selector("#notice:has-text('There is no such page')")

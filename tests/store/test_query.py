@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lens.slots import NULL
 from lens.store.charts import Window
 from lens.store.errors import BadQueryError, UnknownRunError, UnknownStepError
 from lens.store.folder import DataFolder
+from lens.store.held import covered
 from lens.store.history import Update
 from lens.store.query import Query
 from lens.store.relations import Selection
@@ -218,6 +221,87 @@ def test_a_step_shows_the_lanes_of_all_ranks(folder: DataFolder, query: Query, r
     ]  # fmt: skip
     with pytest.raises(UnknownStepError):
         query.step(run, 99)
+
+
+def collective(rank: int, start: float, stop: float, seq: int = 1, **attrs: Any) -> dict[str, Any]:
+    """A collective of step 1 between two seconds of it."""
+    begin = START + SECOND
+    times = {"t0_ns": begin + int(start * SECOND), "t1_ns": begin + int(stop * SECOND)}
+    more = {"group": "world/0", "seq": seq, **attrs}
+    return {
+        "type": "span",
+        "kind": "collective",
+        "name": "all_reduce",
+        "rank": rank,
+        "step": 1,
+        **times,
+        "attrs": more,
+    }
+
+
+def test_the_lanes_say_when_an_asynchronous_collective_began_to_hold_its_rank(
+    folder: DataFolder, query: Query, run: str
+) -> None:
+    waited, done = START + SECOND * 5 // 4, START + SECOND * 3 // 2
+    beside = collective(0, 0.1, 0.5, **{"async": True, "t_wait_ns": waited, "t_done_ns": done})
+    send(folder, run, [step_span(0, 1), beside, collective(0, 0.6, 0.7, seq=2)])
+    (lane,) = query.step(run, 1)["ranks"]
+    first, second = lane["spans"]
+    assert (first["async"], first["t_wait_ns"], first["t_done_ns"]) == (True, waited, done)
+    assert "async" not in second
+    assert "t_wait_ns" not in second
+
+
+def test_own_time_is_what_collectives_leave_of_a_step(folder: DataFolder, query: Query, run: str) -> None:
+    """Rank 0 is held twice, overlapping; rank 1 only while it waits; rank 2 has recorded no collective."""
+    send(
+        folder,
+        run,
+        [
+            *(step_span(rank, 1, seconds=1.0) for rank in range(3)),
+            collective(0, 0.1, 0.5),
+            collective(0, 0.4, 0.6, seq=2),
+            collective(1, 0.1, 0.5, **{"async": True, "t_wait_ns": START + SECOND * 14 // 10}),
+            collective(1, 0.6, 0.9, seq=2, **{"async": True}),
+        ],
+    )
+    heat = query.heatmap(run, Selection("step.self"))
+    assert [row[0] for row in heat["values"]] == [pytest.approx(0.5), pytest.approx(0.9), None]
+    assert "step.self" in [each["metric"] for each in query.run(run)["metrics"]]
+
+
+def test_own_time_of_a_pre_reduced_run_is_the_sum_over_its_groups(
+    folder: DataFolder, query: Query, run: str
+) -> None:
+    vector = {"type": "vector", "t_ns": START, "metric": "comm.self", "step": 1}
+    parts = [
+        {**vector, "values": [0.1, 0.2], "labels": {"group": "dp"}},
+        {**vector, "values": [0.3, 0.4], "labels": {"group": "ep"}},
+    ]
+    send(folder, run, [*parts, *(step_span(rank, 1) for rank in range(2))])
+    heat = query.heatmap(run, Selection("step.self"))
+    assert [row[0] for row in heat["values"]] == [pytest.approx(0.4), pytest.approx(0.6), None]
+
+
+def test_the_newest_values_of_several_metrics_come_in_one_answer(
+    folder: DataFolder, query: Query, run: str
+) -> None:
+    send(folder, run, [sample("a", 1.0, 1, rank=0), sample("a", 2.0, 2, rank=0), sample("b", 3.0, 1, rank=1)])
+    found = {(each["metric"], each["rank"]): each["value"] for each in query.latest(run, "a", "b", "nowhere")}
+    assert found == {("a", 0): 2.0, ("b", 1): 3.0}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60), st.integers(0, 20)), max_size=30))
+def test_the_union_of_intervals_counts_each_moment_once(intervals: list[tuple[int, int, int]]) -> None:
+    group, begin, length = (
+        (np.array(part, np.int64) for part in zip(*intervals, strict=True))
+        if intervals
+        else [np.empty(0, np.int64)] * 3
+    )
+    found = covered(begin, begin + length, group)
+    moments = {(g, moment) for g, b, n in intervals for moment in range(b, b + n)}
+    for each in range(len(found)):
+        assert found[each] == sum(g == each for g, _ in moments)
 
 
 def test_an_open_span_gives_way_to_its_end(folder: DataFolder, query: Query, run: str) -> None:

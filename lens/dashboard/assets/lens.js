@@ -1,22 +1,26 @@
 // Shows the page that the address names, keeps the address true to what is shown, and draws at most once a frame.
 
-import { Communication } from "./communication.js";
-import { Experts } from "./experts.js";
-import { format, parse } from "./address.js";
-import { Hardware } from "./hardware.js";
-import { Memory } from "./memory.js";
-import { PANELS, slowestRank } from "./panels.js";
-import { Overview } from "./overview.js";
-import { Ranks } from "./ranks.js";
-import { Runs } from "./runs.js";
-import { Session } from "./session.js";
-import { Steps } from "./steps.js";
-import { drawStatus } from "./status.js";
-import { element, replace } from "./dom.js";
-import { help, listen } from "./keyboard.js";
-import { scheme } from "./palette.js";
+import { blamedRanks } from "./core/causes.js";
+import { Communication } from "./pages/communication.js";
+import { Experts } from "./pages/experts.js";
+import { format, parse } from "./core/address.js";
+import { Hardware } from "./pages/hardware.js";
+import { Memory } from "./pages/memory.js";
+import { PANELS } from "./panels/index.js";
+import { Overview } from "./pages/overview.js";
+import { Ranks } from "./pages/ranks.js";
+import { Runs } from "./pages/runs.js";
+import { Session } from "./core/session.js";
+import { Steps } from "./pages/steps.js";
+import { drawStatus } from "./core/status.js";
+import { element, replace } from "./core/dom.js";
+import { help } from "./core/help.js";
+import { listen } from "./core/keyboard.js";
+import { scheme } from "./core/palette.js";
+import { slowestRank } from "./core/matrix.js";
 
 const PAGES = { runs: Runs, overview: Overview, ranks: Ranks, steps: Steps, communication: Communication, experts: Experts, hardware: Hardware, memory: Memory };
+const OWN_TIME = "step.self";
 const SCHEME_KEY = "mantine-color-scheme-value";
 const TICK_MS = 500;
 const SLOWEST_MS = 3000;
@@ -40,8 +44,13 @@ class App {
     this.follow();
   }
 
+  /** The metric of the Ranks page: own time if it is known, since ranks that wait for a slow one take as long as it does. */
   get metric() {
-    return this.address.metric ?? "step.duration";
+    return this.address.metric ?? this.usualMetric;
+  }
+
+  get usualMetric() {
+    return this.session?.meta?.metrics?.some(({ metric }) => metric === OWN_TIME) ? OWN_TIME : "step.duration";
   }
 
   /** Opens what the address bar says. */
@@ -189,7 +198,7 @@ class App {
   }
 
   setMetric(metric) {
-    this.update({ metric: metric === "step.duration" ? null : metric });
+    this.update({ metric: metric === this.usualMetric ? null : metric });
   }
 
   setRanks(text) {
@@ -218,7 +227,7 @@ class App {
     if (this.address.ranks.length) return { ranks: this.address.ranks, why: "" };
     const { matrix } = this.session.source(this.metric);
     if (!matrix?.rows.length) return { ranks: [], why: "" };
-    const blamed = (this.session.diagnosis?.hypotheses[0]?.ranks ?? []).filter((rank) => matrix.rowOf.has(rank));
+    const blamed = [...blamedRanks(this.session.diagnosis)].filter((rank) => matrix.rowOf.has(rank));
     if (blamed.length) return { ranks: blamed, why: "shown is what the verdict names" };
     const slowest = this.slowestOf(matrix);
     return { ranks: slowest === null ? [] : [slowest], why: "shown is the one with the highest median" };

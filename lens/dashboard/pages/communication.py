@@ -44,4 +44,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="communication", title="Communication", path="communication", key="c", layout=layout)
+PAGE = Page(
+    name="communication",
+    title="Communication",
+    path="communication",
+    key="c",
+    shows="Which rank the others wait for, who sends how much to whom, and how fast each group moves its bytes.",
+    layout=layout,
+)

@@ -49,4 +49,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="experts", title="Experts", path="experts", key="e", layout=layout)
+PAGE = Page(
+    name="experts",
+    title="Experts",
+    path="experts",
+    key="e",
+    shows="How many tokens each expert gets, how even that is, what is dropped, and what waiting for the busiest costs.",
+    layout=layout,
+)

@@ -25,4 +25,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="hardware", title="Hardware", path="hardware", key="h", layout=layout)
+PAGE = Page(
+    name="hardware",
+    title="Hardware",
+    path="hardware",
+    key="h",
+    shows="Every host with its cards and network ports, whoever made them, and what each reports now.",
+    layout=layout,
+)

@@ -16,7 +16,7 @@ def layout() -> list[Component]:
             panel(
                 "envelope",
                 "Device memory",
-                "In use on the cards: the fullest and the median one. At the limit the run ends, out of memory.",
+                "In use on the cards, each against its own limit. At the limit the run ends, out of memory.",
                 identifier="device-memory",
                 metric="hw.gpu.memory.usage",
                 limit="hw.gpu.memory.limit",
@@ -25,9 +25,11 @@ def layout() -> list[Component]:
             panel(
                 "envelope",
                 "torch's allocator",
-                "Bytes that torch has taken from the device; what is taken and not in use is fragmentation.",
+                "Bytes that torch has taken from the device, and what tensors use of them. A gap that grows is "
+                "fragmentation.",
                 identifier="torch-memory",
                 metric="torch.memory.reserved",
+                part="torch.memory.allocated",
                 limit="hw.gpu.memory.limit",
                 nothing="torch has no allocator statistics here: they need a CUDA or ROCm build and a card.",
             ),
@@ -54,4 +56,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="memory", title="Memory", path="memory", key="m", layout=layout)
+PAGE = Page(
+    name="memory",
+    title="Memory",
+    path="memory",
+    key="m",
+    shows="How much memory the cards, torch, the processes and the hosts use, and how far their limits are.",
+    layout=layout,
+)

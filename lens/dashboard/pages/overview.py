@@ -17,6 +17,14 @@ def layout() -> list[Component]:
             [slot("verdict", "lens-verdict", **{"aria-live": "polite"})],
             **{"aria-label": "Verdict"},
         ),
+        panel(
+            "findings",
+            "Findings",
+            "Everything found so far, the verdict first. A note is no trouble; what is over stays in the list.",
+            identifier="findings",
+            height=0,
+            wide=True,
+        ),
         slot("numbers", "lens-numbers"),
         panel(
             "band",
@@ -56,4 +64,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="overview", title="Overview", path="", key="o", layout=layout)
+PAGE = Page(
+    name="overview",
+    title="Overview",
+    path="",
+    key="o",
+    shows="What holds the run back, what it costs and what to do; then the pictures that show whether it is true.",
+    layout=layout,
+)

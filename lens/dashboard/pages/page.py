@@ -20,5 +20,7 @@ class Page:
     """What follows `/run/ID/` in the address ("" = the run's first page); None: not a page of a run."""
     key: str
     """Pressed after `g`, opens the page."""
+    shows: str
+    """One sentence that tells a stranger what the page is for; the help shows it."""
     layout: Callable[[], list[Component]]
     """Builds its content, once, when the server starts."""

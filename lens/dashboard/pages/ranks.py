@@ -16,8 +16,8 @@ def layout() -> list[Component]:
         panel(
             "heatmap",
             "Every rank, every step",
-            "Brighter is more; where several steps share a pixel, the highest is shown. Ranks that wait for a slow "
-            "one take as long as it does: the verdict says who is waited for.",
+            "Brighter is more; where several steps share a pixel, the highest is shown. Own time is what collectives "
+            "leave of a step: ranks that wait for a slow one take as long as it does, but their own time stays short.",
             identifier="rank-map",
             wide=True,
             height=320,
@@ -34,4 +34,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="ranks", title="Ranks", path="ranks", key="r", layout=layout)
+PAGE = Page(
+    name="ranks",
+    title="Ranks",
+    path="ranks",
+    key="r",
+    shows="One row a rank, one column a step: the rank that differs from its peers stands out.",
+    layout=layout,
+)

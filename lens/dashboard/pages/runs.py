@@ -20,4 +20,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="runs", title="Runs", path=None, key="l", layout=layout)
+PAGE = Page(
+    name="runs",
+    title="Runs",
+    path=None,
+    key="l",
+    shows="Every training run that this store has heard of, and whether it is alive.",
+    layout=layout,
+)

@@ -35,4 +35,11 @@ def layout() -> list[Component]:
     ]
 
 
-PAGE = Page(name="steps", title="Steps", path="steps", key="s", layout=layout)
+PAGE = Page(
+    name="steps",
+    title="Steps",
+    path="steps",
+    key="s",
+    shows="What each step is spent on; and one step as every rank lived it, its waits hatched.",
+    layout=layout,
+)

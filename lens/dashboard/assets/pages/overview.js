@@ -1,0 +1,79 @@
+// The overview's numbers of now, above its charts.
+
+import { drawVerdict } from "../panels/verdict.js";
+import { replace } from "../core/dom.js";
+import { integer, quantity, rankName } from "../core/format.js";
+import { tile } from "../panels/tile.js";
+import { tokenRate } from "../panels/lines.js";
+
+export class Overview {
+  constructor(root, app) {
+    this.root = root;
+    this.app = app;
+  }
+
+  sources() {
+    return ["step.duration", "step.tokens", "train.loss"];
+  }
+
+  draw() {
+    const { session } = this.app;
+    drawVerdict(this.root.querySelector("#verdict"), session);
+    const tiles = [stepTime(session), throughput(session), loss(session), progress(session)];
+    replace(this.root.querySelector("#numbers"), JSON.stringify(tiles), () => tiles.map(tile));
+  }
+}
+
+/** A tile without a value: still on its way, or missing for a reason. */
+function without(label, session, source, reason) {
+  if (!session.meta || source.state === "loading") return { label, value: "…", detail: "loading", missing: true };
+  return { label, value: "n/a", detail: source.reason || reason, missing: true };
+}
+
+function stepTime(session) {
+  const label = "Step time";
+  const source = session.source("step.duration");
+  const { matrix, unit } = source;
+  const column = matrix ? matrix.newest() : -1;
+  if (column < 0) return without(label, session, source, "no step has ended yet");
+  const { median } = matrix.reduce();
+  const slowest = matrix.rows.reduce((worst, row) => (row.mean[column] > (worst?.mean[column] ?? -Infinity) ? row : worst), null);
+  return { label, value: quantity(median[column], unit ?? "s"), detail: `${zoomed(session, matrix, column)}slowest: ${rankName(slowest.rank)}, ${quantity(slowest.max[column], unit ?? "s")}` };
+}
+
+function throughput(session) {
+  const label = "Throughput";
+  const [tokens, durations] = [session.source("step.tokens"), session.source("step.duration")];
+  if (!tokens.matrix?.rows.length || !durations.matrix) return without(label, session, tokens, "no token counts reported");
+  const [, rates] = tokenRate(tokens.matrix, durations.matrix);
+  const known = rates.filter((rate) => rate !== null).slice(-20);
+  if (!known.length) return without(label, session, tokens, "no complete step yet");
+  const mean = known.reduce((sum, rate) => sum + rate, 0) / known.length;
+  return { label, value: quantity(mean, "{token}/s"), detail: `mean of the last${session.range ? " visible" : ""} ${known.length === 1 ? "step" : `${known.length} steps`}` };
+}
+
+function loss(session) {
+  const label = "Training loss";
+  const source = session.source("train.loss");
+  const { matrix } = source;
+  if (matrix?.notFinite !== null && matrix?.notFinite !== undefined) return { label, value: "NaN", detail: `not finite since step ${integer(matrix.notFinite)}` };
+  const column = matrix ? matrix.newest() : -1;
+  if (column < 0) return without(label, session, source, "no loss reported");
+  const { median } = matrix.reduce();
+  const first = median.find((value) => value !== null);
+  return { label, value: quantity(median[column], "", 4), detail: `${zoomed(session, matrix, column)}from ${quantity(first, "", 4)} at the first visible step` };
+}
+
+/** When zoomed, numbers are those of the last visible step: say so. */
+function zoomed(session, matrix, column) {
+  return session.range ? `at step ${integer(matrix.stepOf(column))}, ` : "";
+}
+
+function progress(session) {
+  const { meta, lastStep } = session;
+  if (!meta) return without("Last step", session, {}, "");
+  const [reporting, all] = [session.reporting, meta.world_size];
+  const whole = all === null || all === undefined ? "" : ` of ${all}`;
+  const detail = session.state === "ended" ? `run ended · ${all ?? "n/a"} ranks` : reporting === null ? "no rank reports" : `${reporting}${whole} ranks reporting`;
+  return { label: "Last step", value: lastStep === null ? "n/a" : integer(lastStep), detail, missing: lastStep === null };
+}
