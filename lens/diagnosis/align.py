@@ -21,16 +21,20 @@ SMOOTHED_STEPS = 16
 SOLVER_SWEEPS = 4
 ONE_SIDED = ("send", "recv", "broadcast", "reduce")
 """Operations that some ranks may leave before others: their exits say nothing about clocks."""
+UNEVEN = ("all_to_all",)
+"""Operations whose slowest pair makes its receiver leave late, step after step: asked only where no other spans hosts."""
 
 
 @dataclass(frozen=True)
 class Collectives:
     """Finished collectives, ordered by rank and start of blocking; one row a rank and collective.
 
-    row, step: places in Topology.ranks and Timeline.steps. kind: code of the group's kind in `kinds`.
+    row, step: places in Topology.ranks and Timeline.steps. kind: code of the group's kind in `kinds`; group: place
+    in `groups`. op, phase: codes of the tables. size: bytes, NULL where unknown.
     start_ns, end_ns: the blocking interval by the rank's own clock. instance: equal for rows of one collective.
     last_entry_ns: when the last rank known entered, by this rank's clock. complete: all members of it are known.
-    offset_ns: this rank's clock minus the common one.
+    offset_ns: this rank's clock minus the common one. done_ns: when an asynchronous one was done (NULL: unknown, or
+    not asynchronous).
     """
 
     row: Ints
@@ -45,6 +49,12 @@ class Collectives:
     instance: Ints
     complete: Array
     phase: Ints
+    group: Ints
+    groups: list[str]
+    op: Ints
+    size: Ints
+    is_async: Array
+    done_ns: Ints
 
     def __len__(self) -> int:
         return len(self.row)
@@ -70,12 +80,14 @@ def align(tables: Tables, timeline: Timeline, topology: Topology) -> Collectives
     common = entry - offset
     last = _largest(common, instance)
     sizes = np.bincount(instance, minlength=int(instance.max(initial=-1)) + 1)[instance]
-    expected = np.array([len(topology.members.get(name, ())) for name in names] + [0], np.int64)[group]
+    expected = np.array([len(topology.members_of(name)) for name in names] + [0], np.int64)[group]
     kinds = sorted({name.split("/")[0] for name in names})
     kind_of = np.array([kinds.index(name.split("/")[0]) for name in names] + [0], np.int64)
     return Collectives(
         row, step, kind_of[group], kinds, start, columns["t1_ns"], entry, last + offset, offset, instance,
-        sizes >= expected, columns["phase"].astype(np.int64),
+        sizes >= expected, columns["phase"].astype(np.int64), group, names, columns["op"].astype(np.int64),
+        columns["bytes"], columns["is_async"] == 1,
+        np.where(columns["is_async"] == 1, columns["t_done_ns"], NULL),
     )  # fmt: skip
 
 
@@ -146,8 +158,12 @@ def _offsets(
     host_count = int(host.max(initial=-1)) + 1
     if host_count < 2 or not len(row):
         return np.zeros(len(row), np.int64)
-    one_sided = np.isin(columns["op"], [tables.code(name) for name in ONE_SIDED])
-    chosen, sweeps = _widest(~one_sided & (columns["is_async"] == 0), instance, host[row])
+    chosen, sweeps = np.zeros(0, np.int64), 0
+    for apart in ((*ONE_SIDED, *UNEVEN), ONE_SIDED):
+        left_out = np.isin(columns["op"], [tables.code(name) for name in apart])
+        chosen, sweeps = _widest(~left_out & (columns["is_async"] == 0), instance, host[row])
+        if sweeps == 1:
+            break
     if not len(chosen):
         return np.zeros(len(row), np.int64)
     cell = step[chosen] * host_count + host[row[chosen]]

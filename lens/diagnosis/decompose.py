@@ -295,12 +295,11 @@ def fill_from_vectors(frame: Frame, tables: Tables) -> None:
     by_spans = np.isfinite(frame.duration)
     summed: dict[tuple[str, str], Floats] = {}
     for (name, step, label, _), row in sorted(unique.items()):
-        values = tables.values_of(row)
-        at = frame.topology.row(np.arange(len(values)))
         place = PRE_REDUCED_TARGETS[name], _part(name, json.loads(label) if label else {})
-        total = summed.setdefault(place, np.full(frame.shape, np.nan))
-        line = total[int(np.searchsorted(frame.timeline.steps, step))]
-        line[at] = values if name == "step.duration" else np.nan_to_num(line[at]) + values
+        if place not in summed:
+            summed[place] = np.full(frame.shape, np.nan)
+        line = summed[place][int(np.searchsorted(frame.timeline.steps, step))]
+        add_by_rank(frame.topology, line, tables.values_of(row), name != "step.duration")
     for (target, part), total in summed.items():
         if target == "duration":
             np.copyto(frame.duration, total, where=~by_spans)
@@ -314,9 +313,22 @@ def fill_from_vectors(frame: Frame, tables: Tables) -> None:
         np.copyto(frame.blocked, np.sum([np.nan_to_num(t) for t in communicated], axis=0), where=~by_spans)
 
 
+def add_by_rank(topology: Topology, line: Floats, values: Floats, onto: bool = True) -> None:
+    """Put a vector over global ranks into a line over places of ranks, onto what is there already (NaN is nothing)."""
+    ranks, count = topology.ranks, len(values)
+    dense = 0 < count <= len(ranks) and ranks[0] == 0 and ranks[count - 1] == count - 1
+    at = slice(0, count) if dense else topology.row(np.arange(count))
+    line[at] = values + np.where(np.isfinite(line[at]), line[at], 0.0) if onto else values
+
+
 def _part(name: str, labels: dict[str, str]) -> str:
     """Which table of its kind a vector belongs to: its phase, or its kind of group."""
     if name in ("phase.duration", "comm.self"):
         return labels.get("phase", "other")
+    return group_kind(labels)
+
+
+def group_kind(labels: dict[str, str]) -> str:
+    """Kind of group that a pre-reduced vector is about."""
     group = labels.get("group kind") or labels.get("group_kind") or labels.get("kind") or labels.get("group")
     return (group or "world").split("/")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lens.diagnosis import exits, hangs, numerics, policy, report
-from lens.diagnosis.examine import GRID_STEPS, Examiner
+from lens.diagnosis import exits, hangs, link_report, numerics, policy, report
+from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
 from lens.diagnosis.report import Hypothesis
 from lens.diagnosis.select import Timeline, through
@@ -37,6 +37,7 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     examiner = Examiner.of(seen, timeline, topology)
     index = len(timeline) - 1
     found = _fatal(examiner, index) + [report.of_verdict(examiner, verdict) for verdict in examiner.verdicts(index)]
+    found += [link_report.of_link(examiner, link) for link in examiner.links(index)]
     hypotheses = report.ordered(found)
     _date(examiner, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None
@@ -98,7 +99,7 @@ def _places(examiner: Examiner, index: int) -> Iterable[int]:
     raised = examiner.first_raised()
     if raised is not None:
         candidates |= set(range(raised, limit))
-    candidates |= set(range(GRID_STEPS - 1, limit, GRID_STEPS))
+    candidates |= set(range(policy.GRID_STEPS - 1, limit, policy.GRID_STEPS))
     ended = exits.ends(examiner.tables, examiner.timeline, index)
     origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
     marks = [end.visible for end in ended] + ([origin.visible] if origin else [])
@@ -112,9 +113,8 @@ def _held_at(examiner: Examiner, place: int, wanted: set[Key]) -> set[Key]:
     causes = {cause for cause, _ in wanted}
     keys: set[Key] = set()
     if causes - FATAL_CAUSES:
-        for verdict in examiner.verdicts(place):
-            ranks = tuple(int(examiner.topology.ranks[row]) for row in verdict.finding.rows)
-            keys |= {(explained.cause, ranks) for explained in verdict.listed}
+        ranks = examiner.topology.ranks
+        keys |= {(cause, tuple(ranks[list(rows)].tolist())) for cause, rows in examiner.named(place)}
     if "nan_origin" in causes:
         origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
         if origin is not None:

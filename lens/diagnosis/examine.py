@@ -18,6 +18,7 @@ from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.measures import Measure, Scene
+from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.signals import ExpertLoad, Signals
 from lens.diagnosis.signatures import Explained
@@ -27,8 +28,6 @@ from lens.tables import Tables
 
 PROPORTIONAL = {"compute"}
 """Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
-GRID_STEPS = 20
-"""What has no onset is judged at every so many steps: it cannot change from one step to the next."""
 SAME_ONSET_STEPS = 5
 
 
@@ -83,6 +82,7 @@ class Examiner:
     features: dict[str, Floats]
     usual: Floats
     found: dict[str, list[Change]]
+    network: Network
     _verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
 
     @classmethod
@@ -95,10 +95,9 @@ class Examiner:
         found = {
             name: changes.track(values, usual, groups, name in PROPORTIONAL) for name, values in features.items()
         }
-        return cls(
-            tables, timeline, topology, frame, Signals(tables, timeline, topology),
-            features, usual, found,
-        )  # fmt: skip
+        signals = Signals(tables, timeline, topology)
+        network = Network.of(frame, tables, signals, features, usual)
+        return cls(tables, timeline, topology, frame, signals, features, usual, found, network)
 
     @cached_property
     def load(self) -> ExpertLoad | None:
@@ -122,7 +121,8 @@ class Examiner:
     def first_raised(self) -> int | None:
         """The first place at which a changed rank could be in a reply; None if there is none."""
         raised = [change.raised for found in self.found.values() for change in found]
-        return min(raised, default=None)
+        slower = self.network.first_raised()
+        return min(raised if slower is None else [*raised, slower], default=None)
 
     def verdicts(self, index: int) -> list[Verdict]:
         """Slow ranks as judged by the records visible at a step place, costliest first."""
@@ -132,6 +132,17 @@ class Examiner:
             judged = [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
             self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
         return self._verdicts[index]
+
+    def links(self, index: int) -> list[LinkVerdict]:
+        """Slower transfers at a step place, costliest first, but for those that a rank's own slowness explains."""
+        own = self.verdicts(index)
+        found = self.network.verdicts(index, self.load)
+        return [link for link in found if link.confirmed or not any(_explains(v, link) for v in own)]
+
+    def named(self, index: int) -> set[tuple[str, tuple[int, ...]]]:
+        """Cause and ranks (places) of every hypothesis about slowness that a reply at a step place holds."""
+        pairs = {(e.cause, verdict.finding.rows) for verdict in self.verdicts(index) for e in verdict.listed}
+        return pairs | {(p.explained.cause, p.place.rows) for link in self.links(index) for p in link.listed}
 
     def _changed(self, index: int) -> list[Finding]:
         """Changes known at this place, one finding for each rank's episode, whole hosts and expert owners as one."""
@@ -164,7 +175,7 @@ class Examiner:
             alike = {
                 c.row for _, c in together
                 if 0.5 * effects[change.row] <= effects[c.row] <= 2 * effects[change.row]
-                and effects[c.row] >= _noise_by_now(c, index)
+                and effects[c.row] >= c.noise_by(index)
             }  # fmt: skip
             whole = self._whole_set(change, alike, index)
             group = [(f, c) for f, c in together if c.row in whole]
@@ -172,7 +183,7 @@ class Examiner:
             lasts = [c.last for _, c in group]
             last = None if None in lasts else max(x for x in lasts if x is not None)
             rows = tuple(sorted(c.row for _, c in group))
-            noise = max(_noise_by_now(c, index) for _, c in group)
+            noise = max(c.noise_by(index) for _, c in group)
             findings.append(Finding(feature, rows, min(c.onset for _, c in group), last, index, noise))
         return findings
 
@@ -220,8 +231,8 @@ class Examiner:
         return float(np.median(known)) if len(known) else float("nan")
 
     def _standing(self, index: int, taken: set[int]) -> list[Finding]:
-        """Ranks that were slower than their like since the first step, judged at every GRID_STEPS steps."""
-        at = (index + 1) // GRID_STEPS * GRID_STEPS - 1
+        """Ranks that were slower than their like since the first step, judged at every policy.GRID_STEPS steps."""
+        at = (index + 1) // policy.GRID_STEPS * policy.GRID_STEPS - 1
         steps = np.arange(policy.WARM_UP_STEPS, at + 1)
         if len(steps) < policy.STANDING_STEPS_CONFIRMED:
             return []
@@ -349,6 +360,17 @@ def _confirmed(explained: Explained) -> bool:
     return any(gain >= 1 for gain in explained.gains.values())
 
 
+def _explains(verdict: Verdict, link: LinkVerdict) -> bool:
+    """Whether slower transfers come from a rank that is slow itself: it is late in them as in all it does."""
+    rows = {row for pair in link.listed for row in (pair.place.rows or pair.place.among)}
+    starts, ends = (verdict.finding.onset, link.onset), (verdict.finding.last, link.last)
+    limit = max(int(verdict.after[-1]), int(link.after[-1]))
+    until = [limit if end is None else end for end in ends]
+    together = min(until) - max(starts) + 1 >= 0.5 * (min(until[0] - starts[0], until[1] - starts[1]) + 1)
+    near = not rows or bool(rows & set(verdict.finding.rows)) or verdict.explained[0].cause == "hot_expert"
+    return near and together and verdict.share >= OWN_SHARE * link.share
+
+
 def _gaps(frame: Frame) -> Floats:
     """Seconds between the end of the step before and the start of each step; 0 where one is missing."""
     gaps = np.zeros(frame.shape)
@@ -357,12 +379,6 @@ def _gaps(frame: Frame) -> Floats:
         known &= (np.diff(frame.timeline.steps) == 1)[:, None]
         gaps[1:][known] = (frame.start_ns[1:][known] - frame.end_ns[:-1][known]) * SECONDS
     return np.maximum(gaps, 0)
-
-
-def _noise_by_now(change: Change, index: int) -> float:
-    """What noise could have reached over the change's length up to now; correlated noise averages out slowly."""
-    length = (index if change.last is None else change.last) - change.onset + 1
-    return float(change.noise * max(1.0, length / (change.raised - change.onset + 1)) ** -0.25)
 
 
 def _overlap(a: Change, b: Change, index: int) -> bool:

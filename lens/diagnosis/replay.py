@@ -15,11 +15,14 @@ from lens.diagnosis.decompose import SECONDS, Frame
 from lens.slots import NULL
 
 
-def step_ratio(frame: Frame, extra: Floats, steps: Ints, at_begin: bool) -> float | None:
-    """Mean step time as it was over mean step time without the extra self time.
+def step_ratio(
+    frame: Frame, extra: Floats, steps: Ints, at_begin: bool, less: Floats | None = None
+) -> float | None:
+    """Mean step time as it was over mean step time without the extra self time and transfer.
 
     extra: seconds that each rank took too long [steps given, ranks]. steps: places of these steps. at_begin: the
-    excess lies before the step's first collective (loading), else it is spread over the step's self time.
+    excess lies before the step's first collective (loading), else it is spread over the step's self time. less:
+    seconds that each transfer took too long [rows of Collectives].
     None where the records do not allow a replay (no collectives).
     """
     collectives, pieces = frame.collectives, frame.pieces
@@ -49,9 +52,10 @@ def step_ratio(frame: Frame, extra: Floats, steps: Ints, at_begin: bool) -> floa
     # A send that is buffered is over before its receiver came: it waits for nobody.
     free = end < collectives.last_entry_ns[rows]
     transfer = np.where(free, (end - start) * SECONDS, transfer)
-    graph = _Graph(chain, first, last, step, instance, transfer, free, len(steps))
+    graph = _Graph(chain, first, last, step, instance, free, len(steps))
     lessened, tail_lessened = _without(own, tail, first, last, chain, extra.reshape(-1), at_begin)
-    now, fixed = graph.step_times(own, tail), graph.step_times(lessened, tail_lessened)
+    shorter = transfer if less is None else np.maximum(transfer - less[rows], 0)
+    now, fixed = graph.step_times(own, tail, transfer), graph.step_times(lessened, tail_lessened, shorter)
     return float(now.sum() / fixed.sum()) if fixed.sum() > 0 else None
 
 
@@ -91,26 +95,25 @@ class _Graph:
         last: Ints,
         step: Ints,
         instance: Ints,
-        transfer: Floats,
         free: Array,
         steps: int,
     ) -> None:
         self._first, self._last, self._steps = first, last, steps
         self._step_of_chain = step[first]
-        self._instance, self._transfer, self._free = instance, transfer, free
+        self._instance, self._free = instance, free
         self._count = int(instance.max()) + 1
         self._depth = int(np.bincount(np.unique(chain, return_inverse=True)[1]).max())
         self._is_first = np.zeros(len(chain), bool)
         self._is_first[first] = True
 
-    def step_times(self, own: Floats, tail: Floats) -> Floats:
+    def step_times(self, own: Floats, tail: Floats, transfer: Floats) -> Floats:
         """Seconds from the common start of each step until its last rank ends."""
         left = np.zeros(len(own))
         for _ in range(4 * self._depth + 4):
             entered = own + np.where(self._is_first, 0.0, np.r_[0.0, left[:-1]])
             latest = np.zeros(self._count)
             np.maximum.at(latest, self._instance, entered)
-            moved = np.where(self._free, entered, latest[self._instance]) + self._transfer
+            moved = np.where(self._free, entered, latest[self._instance]) + transfer
             if np.array_equal(moved, left):
                 break
             left = moved

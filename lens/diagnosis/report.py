@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,17 +73,17 @@ def of_verdict(examiner: Examiner, verdict: Verdict) -> list[Hypothesis]:
                 explained.cause, ranks,
                 severity=signature.severity if signature else "warning",
                 component=component,
-                confidence=_probability(explained.probability * verdict.sure),
+                confidence=probability(explained.probability * verdict.sure),
                 onset_step=int(steps[verdict.after[0]]) if not finding.standing else int(steps[0]),
                 end_step=None if finding.last is None else int(steps[finding.last]),
-                slowdown_pct=_rounded(100 * (ratio - 1), 2) if ratio else None,
-                lost_seconds_per_step=_rounded(lost, 6),
-                lost_device_hours=_rounded(_device_hours(lost, len(verdict.after), examiner), 6),
+                slowdown_pct=rounded(100 * (ratio - 1), 2) if ratio else None,
+                lost_seconds_per_step=rounded(lost, 6),
+                lost_device_hours=rounded(device_hours(lost, len(verdict.after), examiner), 6),
                 evidence=_evidence(verdict, explained, ranks),
                 against=_against(verdict, explained) if place == 0 else [],
                 recommendation=_sentence(verdict, explained, ranks, component, lost, ratio)
-                + advice.format(component=component or _named(ranks), ranks=_list(ranks)),
-                what_if={"step_seconds_now": _rounded(now, 6), "step_seconds_if_fixed": _rounded(fixed, 6)},
+                + advice.format(component=component or named(ranks), ranks=listed(ranks)),
+                what_if={"step_seconds_now": rounded(now, 6), "step_seconds_if_fixed": rounded(fixed, 6)},
             )
         )  # fmt: skip
     return result
@@ -97,7 +98,7 @@ def of_end(examiner: Examiner, end: End, victims: list[End], hung: bool) -> list
     if others:
         against = [{
             "cause": "rank_dead",
-            "because": f"{_named(others)} ended {_ago((min(v.t_ns for v in victims) - end.t_ns) * 1e-9)} later, as a "
+            "because": f"{named(others)} ended {_ago((min(v.t_ns for v in victims) - end.t_ns) * 1e-9)} later, as a "
             f"consequence: {victims[0].manner}",
         }]  # fmt: skip
     step = _last_step_of(examiner, end.rank)
@@ -146,7 +147,7 @@ def of_origin(examiner: Examiner, origin: Origin) -> list[Hypothesis]:
         "train.loss": "loss",
     }.get(origin.metric, "gradient norm")
     if ranks:
-        where = f"{_named(ranks).capitalize()}{f' on {component}' if component else ''}"
+        where = f"{named(ranks).capitalize()}{f' on {component}' if component else ''}"
         text = f"{where} had the first non-finite {title}, at step {origin.step}; every rank has it one reduction later. "
     else:
         text = f"The {title} is not finite from step {origin.step} on; which rank it came from was not recorded. "
@@ -161,7 +162,7 @@ def of_origin(examiner: Examiner, origin: Origin) -> list[Hypothesis]:
     return [
         hypothesis(
             "nan_origin", ranks, severity="error", component=component, confidence=certainty, onset_step=origin.step,
-            lost_device_hours=_rounded(_device_hours(now, len(after), examiner), 6),
+            lost_device_hours=rounded(device_hours(now, len(after), examiner), 6),
             evidence=[{
                 "metric": origin.metric, "ranks": ranks, "baseline": origin.last_finite, "observed": "NaN",
                 "effect": None,
@@ -179,12 +180,12 @@ def of_hang(examiner: Examiner, hang: Hang) -> list[Hypothesis]:
     place = f"{hang.op or 'collective'} {hang.seq if hang.seq is not None else ''} of {hang.group}".replace(
         "  ", " "
     )
-    waiting = f"{_named(list(hang.waiting)).capitalize()} wait{'s' if len(hang.waiting) == 1 else ''} in {place}"
+    waiting = f"{named(list(hang.waiting)).capitalize()} wait{'s' if len(hang.waiting) == 1 else ''} in {place}"
     text = {
-        "rank_dead": f"{_named(ranks).capitalize()} fell silent; ",
-        "rank_stuck": f"{_named(ranks).capitalize()} never entered it (state {hang.state or 'unknown'}); ",
-        "process_stopped": f"The process of {_named(ranks)} is stopped; ",
-        "collective_mismatch": f"{_named(ranks).capitalize()} called {place} while the others called something else; ",
+        "rank_dead": f"{named(ranks).capitalize()} fell silent; ",
+        "rank_stuck": f"{named(ranks).capitalize()} never entered it (state {hang.state or 'unknown'}); ",
+        "process_stopped": f"The process of {named(ranks)} is stopped; ",
+        "collective_mismatch": f"{named(ranks).capitalize()} called {place} while the others called something else; ",
         "unexplained": "All known ranks entered it and nobody left; ",
     }[hang.cause]
     advice = {
@@ -204,7 +205,7 @@ def of_hang(examiner: Examiner, hang: Hang) -> list[Hypothesis]:
             onset_step=int(steps[-1]) if len(steps) else None,
             evidence=[{
                 "metric": "heartbeat", "ranks": list(hang.waiting), "baseline": None,
-                "observed": _rounded(hang.quiet_s, 3), "effect": None,
+                "observed": rounded(hang.quiet_s, 3), "effect": None,
             }],
             recommendation=lead + text + advice,
         )
@@ -222,12 +223,16 @@ def _evidence(verdict: Verdict, explained: Explained, ranks: list[int]) -> list[
         baseline = measure.baseline
         if name == names[0]:
             baseline = _baseline_of(verdict, measure)
-        effect = measure.observed / baseline - 1 if baseline and measure.observed is not None else None
-        result.append({
-            "metric": measure.metric, "ranks": ranks, "baseline": _rounded(baseline, 6),
-            "observed": _rounded(measure.observed, 6), "effect": _rounded(effect, 4),
-        })  # fmt: skip
+        result.append(evidence_of(replace(measure, baseline=baseline), ranks))
     return result
+
+
+def evidence_of(measure: Measure, ranks: list[int]) -> dict[str, Any]:
+    """A measure as evidence."""
+    return {
+        "metric": measure.metric, "ranks": ranks, "baseline": rounded(measure.baseline, 6),
+        "observed": rounded(measure.observed, 6), "effect": rounded(measure.effect, 4),
+    }  # fmt: skip
 
 
 def _baseline_of(verdict: Verdict, measure: Measure) -> float | None:
@@ -249,16 +254,16 @@ def _against(verdict: Verdict, best: Explained) -> list[dict[str, str]]:
             if supports:
                 result.append({
                     "cause": "unexplained",
-                    "because": " and ".join(_moved(verdict.measures[name]) for name in supports[:2]),
+                    "because": " and ".join(moved(verdict.measures[name]) for name in supports[:2]),
                 })  # fmt: skip
             continue
         name, loss = min(rival.gains.items(), key=lambda item: (item[1], item[0]))
         if loss <= -0.5 and verdict.measures[name].level is not None:
-            result.append({"cause": rival.cause, "because": _moved(verdict.measures[name])})
+            result.append({"cause": rival.cause, "because": moved(verdict.measures[name])})
     return result[:MOST_AGAINST]
 
 
-def _moved(measure: Measure) -> str:
+def moved(measure: Measure) -> str:
     """What a measure did, in words: "SM clock fell from 1980 MHz to 1290 MHz"."""
     unit = f" {measure.unit}" if measure.unit else ""
     level = measure.level or 0.0
@@ -289,22 +294,24 @@ def _sentence(
     }
     where = f" ({component})" if component else ""
     extra = float(verdict.extra[:, list(verdict.finding.rows)].mean())
-    text = f"{_named(ranks).capitalize()}{where} {part[verdict.finding.feature]} {_milliseconds(extra)} longer per step"
+    text = (
+        f"{named(ranks).capitalize()}{where} {part[verdict.finding.feature]} {milliseconds(extra)} longer per step"
+    )
     peers = "their peers" if several else "its peers"
     text += f" than {peers}" if verdict.finding.standing else f" than before and than {peers}"
     if lost is not None and ratio is not None:
-        text += f", which costs every rank {_milliseconds(lost)} a step ({100 * (ratio - 1):.0f} %)"
+        text += f", which costs every rank {milliseconds(lost)} a step ({100 * (ratio - 1):.0f} %)"
     reasons = [
         name for name, gain in sorted(explained.gains.items(), key=lambda item: (-item[1], item[0])) if gain >= 1
     ]
     if reasons:
-        text += f"; {_moved(verdict.measures[reasons[0]])}"
+        text += f"; {moved(verdict.measures[reasons[0]])}"
     elif explained.cause == "unexplained":
         text += "; clock, throttling and host signals do not explain it"
     return text + ". "
 
 
-def _device_hours(seconds: float | None, steps: int, examiner: Examiner) -> float | None:
+def device_hours(seconds: float | None, steps: int, examiner: Examiner) -> float | None:
     return None if seconds is None else seconds * steps * examiner.topology.world_size / 3600
 
 
@@ -324,16 +331,16 @@ def _step_after(examiner: Examiner, step: int | None) -> int | None:
     return int(steps[min(int(np.searchsorted(steps, step)) + 1, len(steps) - 1)])
 
 
-def _named(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) != 1 else ''} {_list(ranks)}" if ranks else "no rank"
+def named(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) != 1 else ''} {listed(ranks)}" if ranks else "no rank"
 
 
-def _list(ranks: list[int]) -> str:
+def listed(ranks: list[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8])
     return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     value = 1000 * seconds
     return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
@@ -346,10 +353,10 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
     """Numbers of the reply, short enough to read; not finite counts as unknown."""
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
 
 
-def _probability(value: float) -> float:
+def probability(value: float) -> float:
     return round(float(np.clip(value, 0.01, 0.99)), 3)

@@ -53,6 +53,12 @@ class Timeline:
         ended = np.full(len(steps), NULL, np.int64)
         at = np.searchsorted(steps, spans["step"][closed])
         np.maximum.at(ended, at, spans["t1_ns"][closed])
+        if not closed.any():
+            # Large runs send a step's duration over all ranks instead of its spans.
+            reduced = tables.vectors["metric"] == tables.code("step.duration")
+            reduced &= tables.vectors["step"] != NULL
+            at = np.searchsorted(steps, tables.vectors["step"][reduced])
+            np.maximum.at(ended, at, tables.vectors["t_ns"][reduced])
         finished = np.flatnonzero(ended != NULL)
         return cls(steps, np.maximum.accumulate(ended), _complete_from(tables, steps, finished))
 

@@ -80,6 +80,12 @@ def _no_more(measure: str, weight: float = 2.5) -> Expect:
     return Expect(measure, NO_MORE, weight)
 
 
+_NOT_BEHIND_IT = (
+    _no_more("throttled", 5.0), _no_more("run_delay", 4.0), _no_more("compute", 1.5), _no_more("size", 3.0),
+    _no_more("expert_tokens", 2.0),
+)  # fmt: skip
+"""Transfers also take longer when a process gets no processor or has more to send: then it is no link."""
+
 SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "slow_device", ("compute",), 0.9,
@@ -120,7 +126,7 @@ SIGNATURES: tuple[Signature, ...] = (
         bar=1.2,
     ),
     Signature(
-        "cpu_contention", ("compute", "data", "host"), -0.5,
+        "cpu_contention", ("compute", "data", "host", "transfer"), -0.5,
         (
             _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 4.0), _no_more("gc", 2.0),
             _no_more("tokens", 1.0),
@@ -129,7 +135,7 @@ SIGNATURES: tuple[Signature, ...] = (
         bar=policy.UNCONFIRMED_BAR,
     ),
     Signature(
-        "cpu_quota", ("compute", "data", "host"), -0.5,
+        "cpu_quota", ("compute", "data", "host", "transfer"), -0.5,
         (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 2.0)),
         "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
     ),
@@ -156,6 +162,49 @@ SIGNATURES: tuple[Signature, ...] = (
         (_rises("logging", 5.0, 5.0, 4.0),),
         "Log less often on rank {ranks}, or from another thread.",
     ),
+    Signature(
+        "slow_link", ("transfer",), 1.5,
+        (
+            _falls("link_rate", 4.0, 0.3), _no_more("port_errors", 4.0), _no_more("wide_pressure", 2.0),
+            _no_more("wide", 3.0), _no_more("inside", 5.0), _no_more("latency", 3.0), *_NOT_BEHIND_IT,
+        ),
+        "Look at the port, cable and switch port of {component} (rate, width, lanes), and move rank {ranks} off it.",
+    ),
+    Signature(
+        "lossy_link", ("transfer",), -1.0,
+        (
+            _rises("port_errors", 6.0, 5.0, 3.0), _rises("tail", 0.8, 0.3), _no_more("wide", 1.0),
+            _no_more("inside", 5.0), *_NOT_BEHIND_IT,
+        ),
+        "Clean or replace the cable and transceiver of {component}: what it loses is sent again.",
+    ),
+    Signature(
+        "congestion", ("transfer",), -0.5,
+        (
+            _rises("wide_pressure", 4.0, 2.5, 0.5), _rises("wide", 2.5, 2.0), _no_more("port_errors", 3.0),
+            _no_more("inside", 5.0), _no_more("latency", 2.0), *_NOT_BEHIND_IT,
+        ),
+        "Look at what else shares {component} and at its buffers (PFC, ECN thresholds, routing).",
+    ),
+    Signature(
+        "high_latency", ("transfer",), -0.5,
+        (
+            _rises("latency", 4.5, 3.5, 2.5), _rises("wide", 1.5, 1.5), _no_more("port_errors", 3.0),
+            _no_more("wide_pressure", 1.5), _no_more("inside", 3.0), *_NOT_BEHIND_IT,
+        ),
+        "Look for a longer route, a power-saving mode or a polling change on {component}; fuse small collectives.",
+    ),
+    Signature(
+        "transport_fallback", ("transfer",), -1.5,
+        (_rises("fallback", 6.0, 6.0, 4.0), _rises("whole", 1.0, 6.0), *_NOT_BEHIND_IT),
+        "Check which transport the communication library chose (NCCL_DEBUG=INFO, NCCL_IB_HCA, the RDMA driver): it is "
+        "not the fast one.",
+    ),
+    Signature(
+        "scaleup_link_degraded", ("transfer",), 0.5,
+        (_rises("inside", 3.0, 6.0), _rises("card_errors", 2.5, 0.3), *_NOT_BEHIND_IT),
+        "Look at the card-to-card links of {component} (state, lanes, replay and CRC counters).",
+    ),
 )  # fmt: skip
 UNEXPLAINED_ADVICE = "Profile rank {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
 
@@ -170,18 +219,33 @@ class Explained:
     gains: Mapping[str, float]
 
 
-def weigh(feature: str, measures: Mapping[str, Measure]) -> list[Explained]:
-    """All causes that can show in this part of the step, likeliest first; `unexplained` is always among them."""
-    rivals: list[tuple[float, str, Signature | None, dict[str, float]]] = [(0.0, "unexplained", None, {})]
+@dataclass(frozen=True)
+class Scored:
+    """A cause's log-likelihood ratio against `unexplained`, with what each measure added to it."""
+
+    cause: str
+    score: float
+    signature: Signature | None
+    gains: Mapping[str, float]
+
+
+def score(feature: str, measures: Mapping[str, Measure]) -> list[Scored]:
+    """All causes that can show in this part of the step; `unexplained` is always among them, at 0."""
+    rivals = [Scored("unexplained", 0.0, None, {})]
     for signature in SIGNATURES:
         if feature not in signature.features:
             continue
         gains = {e.measure: e.gain(measures[e.measure].level) for e in signature.expects if e.measure in measures}
-        rivals.append((signature.prior + sum(gains.values()), signature.cause, signature, gains))
-    rivals.sort(key=lambda rival: (-rival[0], rival[1]))
-    weights = np.exp(np.array([score for score, *_ in rivals]) - rivals[0][0])
+        rivals.append(Scored(signature.cause, signature.prior + sum(gains.values()), signature, gains))
+    return sorted(rivals, key=lambda rival: (-rival.score, rival.cause))
+
+
+def weigh(feature: str, measures: Mapping[str, Measure]) -> list[Explained]:
+    """The causes with their probabilities among each other, likeliest first."""
+    rivals = score(feature, measures)
+    weights = np.exp(np.array([rival.score for rival in rivals]) - rivals[0].score)
     shares = weights / weights.sum()
     return [
-        Explained(cause, float(share), signature, gains)
-        for share, (_, cause, signature, gains) in zip(shares, rivals, strict=True)
+        Explained(rival.cause, float(share), rival.signature, rival.gains)
+        for share, rival in zip(shares, rivals, strict=True)
     ]

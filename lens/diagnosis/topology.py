@@ -5,6 +5,7 @@ Taken from the run object; what it does not say is derived from the records, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ class Topology:
 
     ranks: global ranks, known or reporting, ascending [R].
     kind: ranks of equal kind do equal work on equal cards (stage, vendor, model) [R].
-    members: group name, like "dp/0", to its global ranks.
+    members: group name, like "dp/0", to its global ranks. nic: like "host3/mlx5_0", the port a rank sends through.
     """
 
     world_size: int
@@ -30,6 +31,8 @@ class Topology:
     device: list[str | None]
     vendor: list[str | None]
     model: list[str | None]
+    nic: list[str | None]
+    switch: list[str | None]
     stage: list[int | None]
     kind: Ints
     members: dict[str, tuple[int, ...]]
@@ -72,7 +75,8 @@ class Topology:
         kind = np.array([kinds[key] for key in _kind_keys(stage, vendor, model)], np.int64)
         return cls(
             int(declared) if declared else len(ranks),
-            ranks, host, device, vendor, model, stage, kind, members,
+            ranks, host, device, vendor, model, _ports(about, host), [_text(a, "switch") for a in about],
+            stage, kind, members,
             run.get("experts") or {}, run.get("config") or {}, derived,
         )  # fmt: skip
 
@@ -119,6 +123,14 @@ class Topology:
             return self.device[int(rows[0])]
         return self.host[int(rows[0])] if len(hosts) == 1 else None
 
+    def members_of(self, group: str) -> tuple[int, ...]:
+        """Global ranks of a group, those of point to point ("pp/0:3-7") read from its name; () when unknown."""
+        known = self.members.get(group)
+        pair = POINT_TO_POINT.fullmatch(group)
+        if pair:
+            return int(pair[1]), int(pair[2])
+        return known or ()
+
     def groups_of(self, rank: int, kind: str) -> list[tuple[int, ...]]:
         """The groups of a kind ("ep") that this rank is in."""
         return [m for name, m in self.members.items() if name.split("/")[0] == kind and rank in m]
@@ -136,6 +148,18 @@ def reporting_ranks(tables: Tables) -> Ints:
 
 
 PRE_REDUCED = ("step.duration", "phase.duration", "comm.self", "comm.wait", "comm.transfer")
+
+
+POINT_TO_POINT = re.compile(r"[^:]+:(\d+)-(\d+)")
+
+
+def _ports(about: list[Mapping[str, Any]], host: list[str | None]) -> list[str | None]:
+    """The network port of each rank by its full name."""
+    names = [_text(a, "nic") for a in about]
+    return [
+        name if name is None or "/" in name or h is None else f"{h}/{name}"
+        for name, h in zip(names, host, strict=True)
+    ]
 
 
 def _text(about: Mapping[str, Any], key: str) -> str | None:

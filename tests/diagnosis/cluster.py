@@ -6,12 +6,14 @@ sees of it are records. Truth is known: `Cluster.step_seconds` runs the same ran
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from fabric import Fabric
 
 from lens.slots import NULL
 from lens.tables import DTYPES, SCHEMA, Tables
@@ -21,7 +23,7 @@ START_NS = 1_700_000_000_000_000_000
 
 @dataclass
 class Fault:
-    """What goes wrong: kind names the physics, strength is a factor (compute) or seconds (others)."""
+    """What goes wrong: kind names the physics, strength is a factor (compute, links) or seconds (others)."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -55,18 +57,25 @@ class Cluster:
     heartbeats: bool = True
     topology: bool = True
     phases: bool = True
+    ports: str = ""
+    hosts_per_switch: int = 0
+    rate_known: bool = True
+    small: int = 0
+    weather: str = "calm"
+    pipe: bool = False
 
     def run(self) -> dict[str, Any]:
         """The run object."""
         if not self.topology:
             return {"run": "test"}
-        models = self._models()
+        models, fabric = self._models(), Fabric(self)
         return {
             "run": "test", "world_size": self.ranks, "groups": self._groups(),
             "ranks": [
                 {
                     "rank": r, "host": self._host(r), "device": self._device(r), "model": models[r],
                     "vendor": "amd" if models[r].startswith("MI") else "nvidia", "local_rank": r % self._per_host(),
+                    "nic": fabric.port(r), "switch": fabric.switch(r),
                 }
                 for r in range(self.ranks)
             ],
@@ -171,6 +180,7 @@ class _Simulation:
         }
         self.seq = dict.fromkeys(self.groups, 0)
         self.durations = np.zeros((cluster.steps, count))
+        self.fabric = Fabric(cluster)
         self.next_second = 0.0
         self.dead: set[int] = set()
 
@@ -217,6 +227,8 @@ class _Simulation:
             self._meet(step, "dp", "all_reduce", "backward", -1, 0.06 * c.step_s)
 
         self._phase(step, "forward", forward)
+        if c.pipe:
+            self._phase(step, "other", lambda: self._pass_on(step, 0.08 * c.step_s))
         self._phase(step, "backward", backward)
         self._phase(step, "optimizer", lambda: self._busy(0.04 * c.step_s / self.speed * self._jitter(0.05)))
         self._meet(step, "world", "all_reduce", "optimizer", -1, 0.01 * c.step_s)
@@ -224,7 +236,10 @@ class _Simulation:
             self._phase(step, "checkpoint", lambda: self._busy(c.step_s * 2 * self._jitter(0.2)))
         if c.eval_every and step % c.eval_every == c.eval_every - 1:
             self._phase(step, "eval", lambda: self._busy(c.step_s * 3 * self._jitter(0.05)))
+        for _ in range(c.small):
+            self._meet(step, "world", "all_reduce", "optimizer", -1, 0.002 * c.step_s, size=8)
         self.durations[step] = self.clock - begun
+        self.fabric.passed(step, float(self.durations[step].mean()))
         self.writer.add(
             "steps", rank=everybody, step=step, t0_ns=self.stamp(begun), t1_ns=self.stamp(self.clock),
             tokens=4096, gc_ns=np.rint(gc * 1e9).astype(np.int64),
@@ -250,27 +265,45 @@ class _Simulation:
                 t0_ns=self.stamp(begun), t1_ns=self.stamp(self.clock),
             )  # fmt: skip
 
-    def _meet(self, step: int, kind: str, op: str, phase: str, layer: int, transfer: float) -> None:
+    def _meet(
+        self, step: int, kind: str, op: str, phase: str, layer: int, transfer: float, size: int = 1 << 20
+    ) -> None:
         names = [name for name in self.groups if name.startswith(kind + "/")]
         entered, left = self.clock.copy(), self.clock.copy()
         group = np.zeros(self.cluster.ranks, np.int32)
         seq = np.zeros(self.cluster.ranks, np.int64)
         for name in names:
             members = self.groups[name]
-            extra = 0.0
-            for fault in self.cluster.faults:
-                if fault.kind == "link" and fault.active(step) and set(members.tolist()) & set(fault.ranks):
-                    extra += fault.strength
-            left[members] = (
-                entered[members].max() + transfer * float(np.exp(0.1 * self.random.standard_normal())) + extra
-            )
+            nominal = transfer * float(np.exp(0.1 * self.random.standard_normal()))
+            seconds = self.fabric.seconds(step, members, op, nominal, size < 1 << 16)
+            left[members] = entered[members].max() + seconds
             group[members], seq[members] = self.writer.code(name), self.seq[name]
             self.seq[name] += 1
         self.clock = left
         self.writer.add(
             "collectives", rank=np.arange(self.cluster.ranks), step=step, op=op, group=group, seq=seq, phase=phase,
-            layer=layer, bytes=1 << 20, t0_ns=self.stamp(entered), t1_ns=self.stamp(left),
+            layer=layer, bytes=size, t0_ns=self.stamp(entered), t1_ns=self.stamp(left),
         )  # fmt: skip
+
+    def _pass_on(self, step: int, transfer: float) -> None:
+        """Each stage sends to the next: a send and a receive that meet."""
+        for name in [name for name in self.groups if name.startswith("pp/")]:
+            for source, target in itertools.pairwise(self.groups[name].tolist()):
+                pair = np.array([source, target])
+                entered = self.clock[pair].copy()
+                nominal = transfer * float(np.exp(0.1 * self.random.standard_normal()))
+                left = entered.max() + self.fabric.seconds(step, pair, "recv", nominal, False)
+                self.clock[pair] = left
+                group = self.writer.code(f"{name}:{source}-{target}")
+                for place, op in enumerate(("send", "recv")):
+                    self.writer.add(
+                        "collectives", rank=pair[place], step=step, op=op, group=group, seq=step, phase="forward",
+                        bytes=1 << 20, peer=pair[1 - place], t0_ns=self._one(entered[place], pair[place]),
+                        t1_ns=self._one(left[place], pair[place]),
+                    )  # fmt: skip
+
+    def _one(self, seconds: float, rank: int) -> int:
+        return int(START_NS + round((seconds + self.offset[rank]) * 1e9))
 
     def _experts(self, step: int) -> None:
         c = self.cluster
@@ -327,6 +360,7 @@ class _Simulation:
             hosts = self.writer.codes(c._host(r) for r in range(c.ranks))
             devices = self.writer.codes(c._device(r) for r in range(c.ranks))
             times = self.stamp(np.full(c.ranks, self.next_second - 1.0))
+            self.fabric.sample(self.writer, step, times)
             delay = self.next_second * 0.2 * np.ones(c.ranks)
             for metric, values in (
                 ("gpu.clock.sm", clock + self.random.normal(0, 5, c.ranks)),
