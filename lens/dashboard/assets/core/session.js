@@ -110,10 +110,15 @@ export class Session {
     this.feed.open();
     this.reload();
     this.askForVerdict();
-    this.poll = setInterval(() => this.refresh().then(() => this.askForVerdict()), POLL_MS);
+    this.poll = setInterval(() => this.refresh().then(() => this.knowsVerdict || this.askForVerdict()), POLL_MS);
   }
 
-  /** Verdict and ledger as they are now; later ones come with the feed. */
+  /** Later verdicts come with the feed: to ask for them would have the server compare all ranks for each open page. */
+  get knowsVerdict() {
+    return this.connected && this.diagnosis !== null && this.ledger !== null;
+  }
+
+  /** Verdict and ledger as they are now. */
   askForVerdict() {
     this.ask(getDiagnosis, "diagnosis");
     this.ask(getLedger, "ledger");
