@@ -43,10 +43,13 @@ class BatchEntry:
     source: str | None
     sequence: int | None
     body: bytes
+    refused: tuple[int, ...] = ()
+    """Series of it that were not taken, by their mid: the run had too many (see `cardinality`)."""
 
     def pack(self) -> bytes:
         """The entry's payload."""
-        head = {key: value for key, value in vars(self).items() if key != "body"}
+        # `refused` only where there is any: an older lens can read all other entries.
+        head = {key: value for key, value in vars(self).items() if key != "body" and value != ()}
         packed = json.dumps(head, separators=(",", ":")).encode()
         return b"".join((_LENGTH.pack(len(packed)), packed, self.body))
 
@@ -55,7 +58,8 @@ class BatchEntry:
         """The entry of a payload."""
         (length,) = _LENGTH.unpack_from(payload)
         head = json.loads(payload[_LENGTH.size : _LENGTH.size + length])
-        return cls(**head, body=payload[_LENGTH.size + length :])
+        refused = tuple(head.pop("refused", ()))
+        return cls(**head, body=payload[_LENGTH.size + length :], refused=refused)
 
 
 @dataclass(frozen=True)

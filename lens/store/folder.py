@@ -19,6 +19,7 @@ from typing import Any
 
 from lens.store import runs
 from lens.store.applier import Applier, Pending, read_pointer
+from lens.store.cardinality import beyond, without
 from lens.store.decode import Decoded, decode
 from lens.store.encodings import unpack
 from lens.store.engine import Store
@@ -40,6 +41,8 @@ class Limits:
     """Largest request body as sent."""
     unpacked: int = 256 << 20
     """Largest body after its content encoding is undone."""
+    series: int = 1_000_000
+    """Most series of one run, about: labels that never repeat (a request's id, a time) would make one a sample."""
     waiting: int = 512 << 20
     """Most that may wait for the database before senders are told to wait, about."""
     requests: int = 32
@@ -138,12 +141,15 @@ class DataFolder:
         for described in decoded.runs:
             self.describe_run({**described, "run": run_id})
         number = self.registry.run(run_id).number
+        refused = beyond(self.registry, number, decoded.tables, self.limits.series)
+        if refused:
+            decoded = without(decoded, refused, self.limits.series)
         rejected = decoded.rejected
         if self.applier.pending_bytes > self.limits.waiting:
             raise StoreFullError(
                 "the database is behind, no more records for now", "send the batch again in a moment"
             )
-        entry = BatchEntry(number, time.time_ns(), content_type, encoding, source, sequence, body)
+        entry = BatchEntry(number, time.time_ns(), content_type, encoding, source, sequence, body, refused)
         packed = entry.pack()
         with self._order:
             duplicate = (
@@ -213,6 +219,8 @@ class DataFolder:
             elif entry.kind == BATCH:
                 batch = BatchEntry.unpack(entry.payload)
                 decoded = decode(unpack(batch.body, batch.encoding, self.limits.unpacked), batch.content_type)
+                if batch.refused:
+                    decoded = without(decoded, batch.refused, self.limits.series)
                 waiting.append((entry.start, self._pending(batch, entry.end, decoded)))
             else:
                 raise StoreError(

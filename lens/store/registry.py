@@ -98,6 +98,10 @@ class Registry:
             found = list(self._series[number].values())
         return found if metric is None else [series for series in found if series.metric == metric]
 
+    def count_series(self, number: int) -> int:
+        """How many series the run has."""
+        return len(self._series[number])
+
     def new_series(self, number: int, found: dict[int, Series]) -> list[Series]:
         """Those of these series that the run did not have; it has them from now on."""
         with self.lock:

@@ -51,16 +51,16 @@ class RowMaker:
                 group[name] = _arrow(run, count, _columns(name, tables, dictionary))
         series: dict[int, Series] = {}
         if tables.count("samples"):
-            mids = self._series("samples", tables, series)
+            mids = self.series("samples", tables, series)
             columns = {k: v for k, v in tables.samples.items() if k not in _SERIES_COLUMNS}
             group["samples"] = _arrow(run, len(mids), {"mid": mids, **columns})
         if tables.count("vectors"):
-            mids = self._series("vectors", tables, series)
+            mids = self.series("vectors", tables, series)
             columns = {k: tables.vectors[k] for k in ("layer", "rank", "step", "t_ns")}
             group["vectors"] = _arrow(run, len(mids), {"mid": mids, **columns, "values": _lists(tables)})
         return group, series
 
-    def _series(self, name: str, tables: Tables, found: dict[int, Series]) -> Column:
+    def series(self, name: str, tables: Tables, found: dict[int, Series]) -> Column:
         """The mid of every row of a table; what they stand for is added to `found`."""
         table = tables.table(name)
         absent = np.full(tables.count(name), -1, "<i4")
