@@ -10,7 +10,9 @@ export function stepShown(app) {
   const { session } = app;
   const chosen = app.address.step;
   const now = performance.now();
-  if (chosen === null && (session.followed === undefined || now - session.followedAt > FOLLOW_MS)) {
+  // A busy server answers slower than steps end: the next is followed only once the one before has come.
+  const coming = session.replies.get("step")?.busy;
+  if (chosen === null && !coming && (session.followed === undefined || now - session.followedAt > FOLLOW_MS)) {
     const newest = session.range ? Math.min(session.range[1], session.lastStep ?? -1) : session.lastStep;
     // The newest step may not have arrived from all ranks.
     session.followed = newest === null || newest < 0 ? undefined : Math.max(0, session.state === "ended" || session.range ? newest : newest - 2);
