@@ -92,7 +92,8 @@ def suspects(ranks: Sequence[Rank], found: Sequence[Wait]) -> Suspects | None:
     failed = {rank["rank"] for rank in ranks if rank["error"]}
     if free and not (silent and failed.issuperset(free)):
         waiting = sorted({rank for wait in found if wait.absent for rank in wait.inside})
-        return Suspects(free, f"{names(waiting)} waited for what {_they(free)} never entered")
+        first = tuple(rank for rank in free if rank in silent) or free
+        return Suspects(first, f"{names(waiting)} waited for what {_they(first)} never entered")
     if silent and (free or not stuck):
         return Suspects(silent, f"{_they(silent)} fell silent before any other rank reported an error")
     if stuck:

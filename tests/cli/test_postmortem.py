@@ -140,6 +140,9 @@ CASES = {
     "the one with an error, not one ended after it": (
         [rank_in(0, "dp/0", 5), rank_in(1, "dp/0", 4, left=True, error="ValueError: own", error_ns=200,
          ended="ended with an error"), rank_in(2, "dp/1", 4, left=True, seen_ns=300)], 3, [1], "waited"),
+    "of two that others wait for, the silent one": (
+        [rank_in(0, "world/0", 5), rank_in(1, "world/0", 4, left=True), rank_in(2, "world/0", 4, left=True, error="E",
+         error_ns=200, ended="ended with an error")], 3, [1], "waited"),
     "two of a pair": (
         [rank_in(0, "pp/0:0-1", 3, op="send"), rank_in(1, "pp/0:0-1", 2, op="recv", left=True)], 2, [1], "waited"),
 }  # fmt: skip
