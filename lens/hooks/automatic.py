@@ -11,27 +11,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lens.hooks.guard import StandIn
 from lens.hooks.timeline import Timeline
 from lens.slots import NULL
 
 
-class RootForward:
-    """Stands in for ``model.forward`` on one instance, or for what ``model.compile()`` put in its place.
+class RootForward(StandIn):
+    """Stands in for ``model.forward`` on one instance, or for what ``model.compile()`` put in its place."""
 
-    An object, not a closure: a model that is pickled or deep-copied takes its own plain `forward` along.
-    """
-
-    def __init__(self, model: Any, timeline: Timeline, attribute: str = "forward") -> None:
+    def __init__(self, model: Any, attribute: str, timeline: Timeline) -> None:
         import torch
 
-        self._model = model
-        self._attribute = attribute
-        self._original: Callable[..., Any] = getattr(model, attribute)
+        super().__init__(model, attribute)
         self._timeline = timeline
         self._forward, self._eval = timeline.phase_id("forward"), timeline.phase_id("eval")
         self._compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
         self._training: Callable[[], bool] = torch.is_grad_enabled
-        functools.update_wrapper(self, self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compiling():
@@ -43,16 +38,13 @@ class RootForward:
         timeline.leave()
         return result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._model, self._attribute)
-
 
 def watch_model(model: Any, timeline: Timeline) -> None:
     """Time the calls of the root module."""
     # A module compiled in place is entered there; its `forward` only runs while it is traced.
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     attribute = "_compiled_call_impl" if compiled else "forward"
-    timeline.part.patch(model, attribute, RootForward(model, timeline, attribute))
+    timeline.part.at_end(RootForward(model, attribute, timeline).put())
 
 
 def watch_backward(timeline: Timeline) -> None:

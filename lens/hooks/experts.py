@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from lens.hooks.guard import Part
+from lens.hooks.guard import Part, StandIn
 from lens.hooks.later import is_on_device
 from lens.hooks.routers import Router, classify, find_routers
 from lens.hooks.timeline import Timeline
@@ -17,27 +17,23 @@ from lens.slots import NULL
 _clock = time.monotonic_ns
 
 
-class RouterForward:
-    """Stands in for a router's ``forward``: an object, so that a copied or pickled model takes its own along."""
+class RouterForward(StandIn):
+    """Stands in for a router's ``forward``."""
 
     def __init__(self, router: Router, row: int, experts: Experts) -> None:
         import torch
 
+        super().__init__(router.module, "forward")
         self._router = router
         self._row = row
         self._experts = experts
-        self._original: Callable[..., Any] = router.module.forward
         self._compiling: Callable[[], bool] = torch.compiler.is_compiling
-        functools.update_wrapper(self, self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._original(*args, **kwargs)
         if not self._compiling():
             self._experts.count(self._router, self._row, output)
         return output
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._router.module, "forward")
 
 
 class _Table:
@@ -62,7 +58,7 @@ class Experts:
         self._passed_over = (timeline.phase_id("backward"), timeline.phase_id("eval"))
         self.counted: dict[tuple[int, Any], _Table] = {}
         """Number of experts and device -> counts of this step."""
-        self._known: set[int] = set()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._rows = 0
 
     def watch(self, model: Any) -> None:
@@ -70,10 +66,10 @@ class Experts:
         if not self.part.on:
             return
         try:
-            new = [router for router in find_routers(model) if id(router.module) not in self._known]
+            new = [router for router in find_routers(model) if router.module not in self._known]
             for router in new:
-                self._known.add(id(router.module))
-                self.part.patch(router.module, "forward", RouterForward(router, self._rows, self))
+                self._known.add(router.module)
+                self.part.at_end(RouterForward(router, self._rows, self).put())
                 self._rows += 1
         except Exception as error:
             self.part.fail(error)

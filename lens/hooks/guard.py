@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,39 @@ def warn(text: str) -> None:
     except Exception:
         # A closed or replaced stderr must not reach the training code.
         return
+
+
+class StandIn:
+    """Stands in for a method of one instance. It holds the instance, as a method does; nothing else of lens may.
+
+    An object, not a closure: an instance that is pickled or deep-copied takes its own plain method along.
+    """
+
+    def __init__(self, owner: Any, attribute: str) -> None:
+        original: Callable[..., Any] = getattr(owner, attribute)
+        functools.update_wrapper(self, original)
+        self.before = vars(owner).get(attribute, _MISSING)
+        self._owner = owner
+        self._attribute = attribute
+        self._original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._attribute)
+
+    def put(self) -> Callable[[], None]:
+        """Take the method's place; returns what gives it back. That one keeps neither the instance nor us alive."""
+        setattr(self._owner, self._attribute, self)
+        reference = weakref.ref(self)
+
+        def give_back() -> None:
+            found = reference()
+            if found is not None:
+                _put_back(found._owner, found._attribute, found, found.before)
+
+        return give_back
 
 
 class Part:
@@ -32,20 +67,11 @@ class Part:
         self._undo: list[Callable[[], None]] = []
 
     def patch(self, owner: Any, attribute: str, replacement: Any) -> None:
-        """Set an attribute of a module, class or instance until the part is switched off."""
+        """Set an attribute of a module or class until the part is switched off."""
         # From the dictionary, not by getattr: a method of a C class must go back as the descriptor it was.
         before = vars(owner).get(attribute, _MISSING)
         setattr(owner, attribute, replacement)
-
-        def restore() -> None:
-            if vars(owner).get(attribute, _MISSING) is not replacement:
-                return  # somebody wrapped ours: leave theirs alone, ours falls through
-            if before is _MISSING:
-                delattr(owner, attribute)
-            else:
-                setattr(owner, attribute, before)
-
-        self._undo.append(restore)
+        self._undo.append(functools.partial(_put_back, owner, attribute, replacement, before))
 
     def at_end(self, undo: Callable[[], None]) -> None:
         """Call this when the part is switched off."""
@@ -71,3 +97,12 @@ class Part:
             self.switch_off()
         except Exception as second:
             warn(f"a patch could not be undone ({type(second).__name__}: {second})")
+
+
+def _put_back(owner: Any, attribute: str, replacement: Any, before: Any) -> None:
+    if vars(owner).get(attribute, _MISSING) is not replacement:
+        return  # somebody wrapped ours: leave theirs alone, ours falls through
+    if before is _MISSING:
+        delattr(owner, attribute)
+    else:
+        setattr(owner, attribute, before)

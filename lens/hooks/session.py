@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lens.hooks import automatic, process
@@ -40,7 +41,9 @@ class Session:
         """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
         self.clean = True
-        self._watched: list[Any] = []
+        self._watched: list[Callable[[], Any]] = []
+        """Models and optimizers known already: references that keep none of them alive."""
+        self._process_watched = False
         self._roots: RootSearch | None = None
         self._counters_due = 0
         self._gc_column = self.recorder.intern("process.gc.time")
@@ -63,9 +66,9 @@ class Session:
     def watch(self, model: Any, optimizer: Any) -> None:
         """Find the phases of this model and optimizer; each is taken once, however often it is given."""
         new = [thing for thing in (model, optimizer) if thing is not None and not self._knows(thing)]
-        if new and not self._watched:
+        if new:
             self._watch_process()
-        self._watched += new
+            self._watched = [known for known in self._watched if known() is not None] + [*map(_reference, new)]
         if any(thing is model for thing in new):
             automatic.watch_model(model, self.timeline)
             self.experts.watch(model)
@@ -82,7 +85,6 @@ class Session:
     def _search_roots(self) -> None:
         self._roots = RootSearch(self.timeline, lambda module: self.watch(module, None))
         self.parts.append(self._roots.part)
-        self._watched.append(self._roots)
         self._roots.begin()
 
     def watch_running(self) -> None:
@@ -118,11 +120,14 @@ class Session:
             part.on = False
 
     def _watch_process(self) -> None:
+        if self._process_watched:
+            return
+        self._process_watched = True
         automatic.watch_backward(self.timeline)
         automatic.watch_loaders(self.timeline)
 
     def _knows(self, thing: Any) -> bool:
-        return any(known is thing for known in self._watched)
+        return any(known() is thing for known in self._watched)
 
     def _after_optimizer(self) -> None:
         if self.end_step():
@@ -155,3 +160,10 @@ class Session:
 
     def _ends_in_error(self) -> None:
         self.clean = False
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # a class of the training's own that allows none
+        return lambda: thing

@@ -8,7 +8,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,46 @@ def test_compiled_without_graph_breaks(watch: Watch) -> None:
     watch(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert float(compiled(torch.ones(2, 4))) == pytest.approx(float(model(torch.ones(2, 4))))
+
+
+def test_a_watched_model_that_is_let_go_of_is_collected(watch: Watch) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch(model, optimizer)
+    model(torch.ones(2, 4)).backward()
+    optimizer.step()
+    gone = [weakref.ref(thing) for thing in (model, optimizer, model.inner.weight)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+
+
+@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.long)])
+def test_what_watching_takes_is_given_back_each_time(watch: Watch, rings: Path, times: int) -> None:
+    def once() -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch(model, optimizer)
+        with lens.step():
+            model(torch.ones(2, 4)).backward()
+            optimizer.step()
+            lens.log({"n": 1.0})
+        lens.detach()
+        shutil.rmtree(rings)
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text().count(".ring")
+        return len(gc.get_objects()), len(list(Path("/proc/self/fd").iterdir())), maps
+
+    for _ in range(20):
+        once()
+    before = held()
+    for _ in range(times):
+        once()
+    after = held()
+    assert after[1:] == before[1:] == (before[1], 0)
+    assert after[0] - before[0] < times / 10
 
 
 def test_watching_twice_is_watching_once(watch: Watch, recorded: Read) -> None:
