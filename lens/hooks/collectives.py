@@ -253,6 +253,15 @@ class Collectives:
             self._groups.update(dict.fromkeys(keys, entry))
         return entry
 
+    def can_rest(self) -> bool:
+        """Whether collectives may pass by unrecorded: each group can tell its number afterwards."""
+        return all(entry.numbered for entry in self._groups.values())
+
+    def catch_up(self) -> None:
+        """Collectives have passed by unrecorded: their groups know the numbers."""
+        for entry in self._groups.values():
+            entry.lose_count()
+
     def _forget(self, keys: set[int | None]) -> None:
         for key in keys:
             self._groups.pop(key, None)
@@ -286,7 +295,7 @@ class Collectives:
 
         def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
             found = flights.get(id(work))
-            if found is None or not part.on:
+            if found is None or part.gone:
                 return call(work, *args, **kwargs)
             began = _clock()
             try:
@@ -303,7 +312,7 @@ class Collectives:
     def _land(self, key: int, t1: int, waited_from: int) -> None:
         """The wait for a collective is over, or its `Work` is gone and nobody ever waited."""
         found = self._flights.pop(key, None)
-        if found is None or not self.part.on:
+        if found is None or self.part.gone:
             return
         try:
             self._writer().leave(found[1], t1, waited_from, _ASYNC)

@@ -86,7 +86,7 @@ class Experts:
                 self._add(router, row, *found)
         except Exception as error:
             self.part.fail(error)
-        timeline.spent += _clock() - began
+        timeline.spent_on_experts += _clock() - began
 
     def before_step_ends(self) -> None:
         """Record the counts of the step that ends now."""
@@ -99,7 +99,7 @@ class Experts:
 
     def given_by_hand(self) -> None:
         """The training hands over its own counts: these are the ones to keep."""
-        if self.part.on:
+        if not self.part.gone:
             self.part.switch_off()
 
     def _add(self, router: Router, row: int, kind: str, tensor: Any, experts: int) -> None:

@@ -29,7 +29,6 @@ class Group:
 
     __slots__ = (
         "_as_expected",
-        "_numbered",
         "_offset",
         "_pairs",
         "_wanted",
@@ -37,6 +36,7 @@ class Group:
         "ids",
         "name",
         "number",
+        "numbered",
         "reference",
     )
 
@@ -45,10 +45,11 @@ class Group:
         self.reference = weakref.ref(group, on_death)
         self.ids: list[int] = []
         """Op id | group id << 32 of each operation, in the ring of the thread that trains."""
-        self._numbered = _is_numbered(group)
+        self.numbered = _is_numbered(group)
+        """Whether the backend numbers its collectives."""
         self.number = self.own_number()
         """Number of the last collective that returned."""
-        self.ask_at = 0 if self._numbered else _NEVER
+        self.ask_at = 0 if self.numbered else _NEVER
         """The number of a collective is one more than the last one's below this; from here on `ask` tells it."""
         self._as_expected = 0
         self._wanted = ASKED_FIRST
@@ -73,13 +74,19 @@ class Group:
         self.ask_at = actual + ASKED_EVERY if self._as_expected >= self._wanted else 0
         return actual
 
+    def lose_count(self) -> None:
+        """Collectives were not counted: ask at the next one, if the backend can tell."""
+        if self.numbered:
+            self.number = self.own_number() + self._offset - 1
+            self.ask_at = min(self.ask_at, self.number + 1)
+
     def pass_over(self, messages: int) -> None:
         """The backend has numbered messages too: they must not shift the numbers of collectives."""
         self._offset -= messages
 
     def own_number(self) -> int:
         """The backend's number of the last collective or message; 0 if it has none."""
-        return sequence_number()(self.reference()) if self._numbered else 0
+        return sequence_number()(self.reference()) if self.numbered else 0
 
     def next_of_pair(self, pair: tuple[int, int]) -> int:
         """The number of the next message from one rank to another."""

@@ -59,11 +59,15 @@ class Part:
     A wrapper that somebody kept a reference to, or wrapped again, therefore stays harmless after `switch_off`.
     """
 
-    __slots__ = ("_undo", "name", "on")
+    __slots__ = ("_undo", "gone", "name", "on", "tell")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.on = True
+        self.gone = False
+        """Whether it is off for good."""
+        self.tell: Callable[[str], None] | None = None
+        """Takes the sentence of `fail`, beside the terminal."""
         self._undo: list[Callable[[], None]] = []
 
     def patch(self, owner: Any, attribute: str, replacement: Any) -> None:
@@ -80,7 +84,16 @@ class Part:
     def switch_off(self) -> None:
         """Put everything back as it was, last patch first."""
         self.on = False
+        self.gone = True
         self.undo()
+
+    def rest(self) -> None:
+        """Record nothing until `wake`."""
+        self.on = False
+
+    def wake(self) -> None:
+        """Record again, unless it was switched off."""
+        self.on = not self.gone
 
     def undo(self) -> None:
         """Take back what was patched so far; the part stays on."""
@@ -89,11 +102,15 @@ class Part:
 
     def fail(self, error: BaseException) -> None:
         """Switch off after an error of our own; training goes on and the other parts too."""
-        if not self.on:
+        if self.gone:
             return
         self.on = False
-        warn(f"{self.name} are no longer recorded, training goes on ({type(error).__name__}: {error})")
+        self.gone = True
+        text = f"{self.name} are no longer recorded, training goes on ({type(error).__name__}: {error})"
+        warn(text)
         try:
+            if self.tell is not None:
+                self.tell(text)
             self.switch_off()
         except Exception as second:
             warn(f"a patch could not be undone ({type(second).__name__}: {second})")

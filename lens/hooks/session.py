@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lens.hooks import automatic, process
+from lens.hooks.budget import Budget, Thinned
 from lens.hooks.collectives import Collectives
 from lens.hooks.experts import Experts
 from lens.hooks.groups import Kinds
@@ -18,7 +19,9 @@ from lens.hooks.timeline import Phase, Timeline
 from lens.hooks.values import Values
 from lens.recorder import Recorder
 from lens.settings import Settings
+from lens.slots import COLUMN_SEPARATOR
 
+COUNTERS = ("process.gc.time", "lens.overhead.ratio")
 _COUNTERS_NS = 1_000_000_000
 """Time between two records of this process's own counters."""
 
@@ -46,7 +49,9 @@ class Session:
         self._process_watched = False
         self._roots: RootSearch | None = None
         self._counters_due = 0
-        self._gc_column = self.recorder.intern("process.gc.time")
+        self._counters = [self.recorder.intern(COLUMN_SEPARATOR.join(COUNTERS[:n])) for n in (1, 2)]
+        self._before = (0, 0)
+        """When the counters were recorded last, and what the hook had taken until then, ns."""
         self.parts: list[Part] = [
             process.watch_collector(self.timeline),
             process.watch_errors(self.recorder, self.timeline, self._ends_in_error),
@@ -56,6 +61,16 @@ class Session:
             self.experts.part,
             self.memory.part,
         ]
+        for part in self.parts:
+            part.tell = self._tell_of_failure
+        self._limit = settings.max_overhead_pct
+        self.budget = Budget(
+            (
+                Thinned(self.experts.part, self._spent_on_experts, _nothing),
+                Thinned(self.collectives.part, self._spent_on_collectives, self.collectives.catch_up),
+            ),
+            self._tell_of_budget,
+        )
 
     def install(self) -> None:
         """Patch what is the same for every model."""
@@ -118,6 +133,7 @@ class Session:
         """In a forked child: nothing is recorded any more; what was patched falls through."""
         for part in self.parts:
             part.on = False
+            part.gone = True
 
     def _watch_process(self) -> None:
         if self._process_watched:
@@ -145,9 +161,37 @@ class Session:
             self._update_rank()
         if now >= self._counters_due:
             self._counters_due = now + _COUNTERS_NS
-            self.memory.read(now, self.timeline.last_step)
-            self.recorder.row(self._gc_column, (self.timeline.gc_ns / 1e9,), now)
+            self._count(now)
+        if self.budget.thins:
+            self.budget.choose(self.timeline.last_step + 1)
         return self.recorder.detach_asked()
+
+    def _count(self, now: int) -> None:
+        """Record this process's own counters, and look at what the hook costs."""
+        timeline = self.timeline
+        self.memory.read(now, timeline.last_step)
+        before, taken_before = self._before
+        taken = timeline.all_spent()
+        self._before = now, taken
+        known = [timeline.gc_ns / 1e9]
+        if before:
+            known.append((taken - taken_before) / (now - before))
+        self.recorder.row(self._counters[len(known) - 1], known, now)
+        percent = self.recorder.control().backoff_pct or self._limit
+        self.budget.look(percent / 100, now, timeline.steps, taken)
+
+    def _spent_on_experts(self) -> int:
+        return self.timeline.spent_on_experts
+
+    def _spent_on_collectives(self) -> int:
+        """Nothing where it could not be saved: a group that cannot tell its number must not lose count."""
+        return self.timeline.spent_on_collectives if self.collectives.can_rest() else 0
+
+    def _tell_of_budget(self, text: str) -> None:
+        self.recorder.event("lens.backoff", text, step=self.timeline.last_step)
+
+    def _tell_of_failure(self, text: str) -> None:
+        self.recorder.for_thread().event("lens.part_failed", text, "warning", step=self.timeline.step)
 
     def _update_rank(self) -> None:
         """The process group may have been made after the optimizer."""
@@ -167,3 +211,7 @@ def _reference(thing: Any) -> Callable[[], Any]:
         return weakref.ref(thing)
     except TypeError:  # a class of the training's own that allows none
         return lambda: thing
+
+
+def _nothing() -> None:
+    """Nothing is to be done."""

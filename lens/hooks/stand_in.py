@@ -100,7 +100,7 @@ def _text(name: str, parameters: str, place: int, measure: str) -> str:
                     words[at + 15] = sequence
                     recorder.next = sequence + 1
                     words[{OPEN}] = 0
-                    timeline.spent += before - t0 + clock() - t1
+                    timeline.spent_on_collectives += before - t0 + clock() - t1
                 else:
                     leave_elsewhere({place}, entry, dtype, number, size, t0, t1, result)
             except Exception as error:

@@ -52,6 +52,7 @@ class Timeline:
         "_outer",
         "_phase_t0",
         "_recorder",
+        "_spent_before",
         "_waited",
         "_waiting_since",
         "gc_ns",
@@ -60,8 +61,11 @@ class Timeline:
         "part",
         "phase",
         "spent",
+        "spent_on_collectives",
+        "spent_on_experts",
         "step",
         "step_t0",
+        "steps",
         "steps_by_hand",
         "thread",
     )
@@ -73,9 +77,13 @@ class Timeline:
         self.phase = 0
         """String id of the phase that is open, 0 for none."""
         self.spent = 0
-        """Nanoseconds that the hook took in this step."""
+        """Nanoseconds that the hook has taken since the process was watched, but for the two that follow."""
+        self.spent_on_collectives = 0
+        self.spent_on_experts = 0
         self.gc_ns = 0
         """Nanoseconds of garbage collection since the process was watched."""
+        self.steps = 0
+        """Steps that have ended."""
         self.last_end = 0
         """When the last step ended."""
         self.last_step = NULL
@@ -91,6 +99,7 @@ class Timeline:
         """Whether the training marks its steps; else the optimizer's step ends them."""
         self._attributes = _NO_ATTRIBUTES
         self._gc_before = 0
+        self._spent_before = 0
         self._phase_t0 = 0
         self._micro_batch = NULL
         self._by_hand = False
@@ -128,7 +137,7 @@ class Timeline:
             self._open_step(self._next_number if number is None else number, began)
             if not (tokens is micro_batches is seq_sq is None):
                 self._attributes = _word(tokens), _word(micro_batches), _word(seq_sq)
-            self.spent = _clock() - now
+            self.spent += _clock() - now
         except Exception as error:
             self.part.fail(error)
 
@@ -140,12 +149,17 @@ class Timeline:
         tokens, micro_batches, seq_sq = self._attributes
         self._recorder.step(
             self.step, self.step_t0, now, tokens, micro_batches, seq_sq,
-            NULL, self.gc_ns - self._gc_before, NULL, self.spent + _clock() - now,
+            NULL, self.gc_ns - self._gc_before, NULL, self.all_spent() - self._spent_before + _clock() - now,
         )  # fmt: skip
+        self.steps += 1
         self.last_step = self.step
         self.step = NULL
         self.last_end = now
         return now
+
+    def all_spent(self) -> int:
+        """Nanoseconds that the hook has taken since the process was watched."""
+        return self.spent + self.spent_on_collectives + self.spent_on_experts
 
     def arrive(self) -> None:
         """A step of which only the end was seen is over: the next one begins here."""
@@ -160,7 +174,7 @@ class Timeline:
         recorder, waited = self._recorder, self._waited
         if self.phase:
             self._close_phases(began)
-        self.spent = 0
+        self._spent_before = self.all_spent()
         self.step = number
         self._next_number = number + 1
         self._gc_before = self.gc_ns
