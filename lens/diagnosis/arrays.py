@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,21 @@ def median(values: Floats, axis: int = 0) -> Floats:
     lower = np.maximum((count - 1) // 2, 0)
     middle = np.take_along_axis(ordered, lower, -1) + np.take_along_axis(ordered, upper, -1)
     result: Floats = np.where(count > 0, middle / 2, np.nan)[..., 0]
+    return result
+
+
+def cells(values: Floats, rows: Array, columns: Array | Sequence[int]) -> Floats:
+    """The part of a table in these rows and columns [rows, columns]."""
+    result: Floats = values[np.ix_(rows, np.asarray(columns, np.int64))]
+    return result
+
+
+def mean(values: Floats, axis: int = 0) -> Floats:
+    """Mean along an axis; NaN entries do not count, a slice of nothing but NaN gives NaN."""
+    known = np.isfinite(values)
+    count = known.sum(axis=axis)
+    total = np.where(known, values, 0.0).sum(axis=axis)
+    result: Floats = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return result
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lens.diagnosis import exits, hangs, link_report, numerics, policy, report
+from lens.diagnosis import exits, hangs, link_report, notice_report, notices, numerics, policy, report
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
+from lens.diagnosis.judge import Judge
 from lens.diagnosis.report import Hypothesis
 from lens.diagnosis.select import Timeline, through
 from lens.diagnosis.topology import Topology, reporting_ranks
@@ -36,10 +37,13 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     topology = Topology.of(run, seen)
     examiner = Examiner.of(seen, timeline, topology)
     index = len(timeline) - 1
-    found = _fatal(examiner, index) + [report.of_verdict(examiner, verdict) for verdict in examiner.verdicts(index)]
+    judge = Judge(examiner)
+    verdicts, noticed = judge.at(index)
+    found = _fatal(examiner, index) + [report.of_verdict(examiner, verdict) for verdict in verdicts]
+    found += [notice_report.of_notice(examiner, notice, index) for notice in noticed]
     found += [link_report.of_link(examiner, link) for link in examiner.links(index)]
     hypotheses = report.ordered(found)
-    _date(examiner, hypotheses, index)
+    _date(judge, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None
     reached = upto_step if last is None else last if upto_step is None else min(upto_step, last)
     return {
@@ -74,15 +78,16 @@ def _by_attempt(ended: list[End]) -> Iterable[tuple[End, list[End]]]:
             yield cause[0], cause[1:]
 
 
-def _date(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> None:
+def _date(judge: Judge, hypotheses: list[Hypothesis], index: int) -> None:
     """Fill in when each hypothesis would first have been in a reply."""
+    examiner = judge.run
     waiting: dict[Key, list[Hypothesis]] = {}
     for item in hypotheses:
         waiting.setdefault((item["cause"], tuple(item["ranks"])), []).append(item)
-    for place in _places(examiner, index):
+    for place in _places(examiner, index, {item["cause"] for item in hypotheses}):
         if not waiting:
             return
-        for key in _held_at(examiner, place, set(waiting)) & set(waiting):
+        for key in _held_at(judge, place, set(waiting)) & set(waiting):
             for item in waiting.pop(key):
                 item["detected_step"] = int(examiner.timeline.steps[place])
     # Seen only with every record: from the first step on at which every record is visible.
@@ -92,14 +97,15 @@ def _date(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> None:
                 item["detected_step"] = int(examiner.timeline.steps[examiner.timeline.complete_from])
 
 
-def _places(examiner: Examiner, index: int) -> Iterable[int]:
-    """The places at which a reply can first hold something, ascending, all below the first complete one."""
+def _places(examiner: Examiner, index: int, causes: set[str]) -> Iterable[int]:
+    """The places at which a reply can first hold one of these, ascending, all below the first complete one."""
     limit = examiner.timeline.complete_from
     candidates: set[int] = set()
     raised = examiner.first_raised()
-    if raised is not None:
+    if raised is not None and causes - FATAL_CAUSES:
         candidates |= set(range(raised, limit))
     candidates |= set(range(policy.GRID_STEPS - 1, limit, policy.GRID_STEPS))
+    candidates |= set(notices.grid(limit).tolist())
     ended = exits.ends(examiner.tables, examiner.timeline, index)
     origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
     marks = [end.visible for end in ended] + ([origin.visible] if origin else [])
@@ -108,13 +114,14 @@ def _places(examiner: Examiner, index: int) -> Iterable[int]:
     return sorted(candidates)
 
 
-def _held_at(examiner: Examiner, place: int, wanted: set[Key]) -> set[Key]:
+def _held_at(judge: Judge, place: int, wanted: set[Key]) -> set[Key]:
     """Which of the wanted hypotheses (and perhaps others) the reply up to this place holds."""
+    examiner = judge.run
     causes = {cause for cause, _ in wanted}
     keys: set[Key] = set()
     if causes - FATAL_CAUSES:
         ranks = examiner.topology.ranks
-        keys |= {(cause, tuple(ranks[list(rows)].tolist())) for cause, rows in examiner.named(place)}
+        keys |= {(cause, tuple(ranks[list(rows)].tolist())) for cause, rows in judge.named(place)}
     if "nan_origin" in causes:
         origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
         if origin is not None:

@@ -14,13 +14,14 @@ from functools import cached_property
 import numpy as np
 
 from lens.diagnosis import changes, measures, peers, policy, replay, signatures
-from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, median
+from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.measures import Measure, Scene
 from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
+from lens.diagnosis.routing import ExpertLoad
 from lens.diagnosis.select import Timeline
-from lens.diagnosis.signals import ExpertLoad, Signals
+from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained
 from lens.diagnosis.topology import Topology
 from lens.slots import NULL
@@ -139,11 +140,6 @@ class Examiner:
         found = self.network.verdicts(index, self.load)
         return [link for link in found if link.confirmed or not any(_explains(v, link) for v in own)]
 
-    def named(self, index: int) -> set[tuple[str, tuple[int, ...]]]:
-        """Cause and ranks (places) of every hypothesis about slowness that a reply at a step place holds."""
-        pairs = {(e.cause, verdict.finding.rows) for verdict in self.verdicts(index) for e in verdict.listed}
-        return pairs | {(p.explained.cause, p.place.rows) for link in self.links(index) for p in link.listed}
-
     def _changed(self, index: int) -> list[Finding]:
         """Changes known at this place, one finding for each rank's episode, whole hosts and expert owners as one."""
         episodes: list[tuple[str, Change, float]] = []
@@ -207,7 +203,11 @@ class Examiner:
         before = self._before(feature, change.row, change.onset)
         after = np.arange(change.onset, (index if change.last is None else change.last) + 1)
         extra = self._extra(feature, before, after)[:, change.row]
-        return float(np.nanmean(np.clip(extra / self._unit(before), -1, 2))) if np.isfinite(extra).any() else 0.0
+        return (
+            float(np.nanmean(np.clip(extra / self.usual_seconds(before), -1, 2)))
+            if np.isfinite(extra).any()
+            else 0.0
+        )
 
     def _before(self, feature: str, row: int, onset: int) -> Ints:
         """The rank's past up to an onset, without its earlier episodes."""
@@ -226,7 +226,8 @@ class Examiner:
     def _base(self, feature: str, before: Ints) -> Floats:
         return changes.baseline(self.features[feature][before], self.groups, feature in PROPORTIONAL)
 
-    def _unit(self, steps: Ints) -> float:
+    def usual_seconds(self, steps: Ints) -> float:
+        """Median duration of these steps; NaN where none is known."""
         known = self.usual[steps][np.isfinite(self.usual[steps])]
         return float(np.median(known)) if len(known) else float("nan")
 
@@ -242,14 +243,14 @@ class Examiner:
             values = self.features.get(feature)
             if values is None:
                 continue
-            for rank in peers.standing(values, self._unit(steps), self.topology, steps):
+            for rank in peers.standing(values, self.usual_seconds(steps), self.topology, steps):
                 if rank.row in taken:
                     continue
                 finding = Finding(feature, (rank.row,), int(steps[0]), None, at, rank.noise, standing=True)
                 verdict = self._judge(finding)
                 if verdict is None:
                     continue
-                if _confirmed(verdict.explained[0]) or (long_enough and rank.effect >= policy.STANDING_EFFECT):
+                if confirmed(verdict.explained[0]) or (long_enough and rank.effect >= policy.STANDING_EFFECT):
                     findings.append(finding)
         return findings
 
@@ -258,7 +259,7 @@ class Examiner:
         end = finding.upto if finding.last is None else finding.last
         after = np.arange(finding.onset, end + 1)
         before = after[:0] if finding.standing else self._before(finding.feature, finding.rows[0], finding.onset)
-        unit = self._unit(after if finding.standing else before)
+        unit = self.usual_seconds(after if finding.standing else before)
         own, base = self._excess_of(finding, before, after)
         if not np.isfinite(own).any() or not np.isfinite(unit) or unit <= 0:
             return None
@@ -266,7 +267,7 @@ class Examiner:
         if share < policy.WORTH_KEEPING:
             return None
         seconds = float(np.nanmean(np.clip(own, -unit, 4 * unit)))
-        step_s = self._unit(after)
+        step_s = self.usual_seconds(after)
         scene = Scene(
             self.frame, self.signals, self.load, self.features, finding.rows, before, after, end,
             max(seconds, 1e-9), 1 + seconds / base if base > 0 else 10.0, step_s if np.isfinite(step_s) else unit,
@@ -280,7 +281,7 @@ class Examiner:
         noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
         sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
         extra = self._extra_of(finding, after, own)
-        ratio = self._cost_ratio(finding, after, extra)
+        ratio = self.cost_ratio(after, extra, at_begin=finding.feature == "data")
         if ratio is not None and ratio - 1 < policy.WORTH_KEEPING:
             return None
         return Verdict(finding, explained, taken, after, extra, share, sure, ratio)
@@ -308,7 +309,7 @@ class Examiner:
     @staticmethod
     def _bar(best: Explained, taken: Mapping[str, Measure]) -> float:
         """How much of what noise could reach the excess must exceed, given what else speaks for it."""
-        if best.signature is not None and _confirmed(best):
+        if best.signature is not None and confirmed(best):
             return best.signature.bar
         clock = taken["clock"]
         pending = best.cause == "slow_device" and clock.baseline is not None and clock.observed is None
@@ -319,12 +320,20 @@ class Examiner:
         if finding.last is None:
             return True
         cost = share * length / (finding.upto + 1)
-        needed = policy.WORTH_KEEPING if _confirmed(best) else policy.UNCONFIRMED_COST
+        needed = policy.WORTH_KEEPING if confirmed(best) else policy.UNCONFIRMED_COST
         return length >= policy.SHORTEST_ENDED_STEPS and cost >= needed
 
-    def _cost_ratio(self, finding: Finding, after: Ints, extra: Floats) -> float | None:
-        """Mean step time over what the same steps would have taken without this finding."""
-        ratio = replay.step_ratio(self.frame, extra, after, finding.feature == "data")
+    def cost_ratio(self, after: Ints, extra: Floats, at_begin: bool = False) -> float | None:
+        """Mean step time over what the same steps would have taken without this self time [after, ranks]."""
+        touched = (extra > 0).any(axis=1)
+        if 0 < touched.sum() < 0.5 * len(after):
+            # What comes now and then is replayed where it came; the other steps stay as they are.
+            seconds = replay.step_seconds(self.frame, extra[touched], after[touched], at_begin)
+            whole = float(np.nansum(mean(self.frame.duration[after], axis=1)))
+            if seconds is not None:
+                saved = (seconds[0] - seconds[1]) * int(touched.sum())
+                return whole / (whole - saved) if whole > saved else None
+        ratio = replay.step_ratio(self.frame, extra, after, at_begin)
         return replay.without_graph(self.usual[after], extra) if ratio is None else ratio
 
     def step_seconds(self, steps: Ints) -> float | None:
@@ -355,7 +364,7 @@ def parts_of_step(frame: Frame) -> dict[str, Floats]:
     return dict(sorted(parts.items()))
 
 
-def _confirmed(explained: Explained) -> bool:
+def confirmed(explained: Explained) -> bool:
     """Whether something besides the self time speaks for an explanation."""
     return any(gain >= 1 for gain in explained.gains.values())
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, finite_median
 from lens.diagnosis.decompose import Frame
-from lens.diagnosis.signals import ExpertLoad, Signals
+from lens.diagnosis.routing import ExpertLoad
+from lens.diagnosis.signals import Signals
 
 BIT_POWER_CAP, BIT_THERMAL, BIT_POWER_BRAKE = 0x4, 0x60, 0x80
 BEFORE_STEPS = 128

@@ -23,7 +23,8 @@ from lens.diagnosis.link_measures import LinkScene
 from lens.diagnosis.locate import Effects, Located, locate, relative
 from lens.diagnosis.measures import BEFORE_STEPS, ONSET_MARGIN_STEPS, Measure
 from lens.diagnosis.places import Place, Places
-from lens.diagnosis.signals import ExpertLoad, Signals
+from lens.diagnosis.routing import ExpertLoad
+from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained, Scored
 from lens.diagnosis.transfers import Transfers
 from lens.diagnosis.watched import MOST_ALONE, Watched, watch

@@ -18,7 +18,15 @@ from lens.slots import NULL
 def step_ratio(
     frame: Frame, extra: Floats, steps: Ints, at_begin: bool, less: Floats | None = None
 ) -> float | None:
-    """Mean step time as it was over mean step time without the extra self time and transfer.
+    """Mean step time as it was over mean step time without what was too long; None without a replay."""
+    seconds = step_seconds(frame, extra, steps, at_begin, less)
+    return seconds[0] / seconds[1] if seconds is not None and seconds[1] > 0 else None
+
+
+def step_seconds(
+    frame: Frame, extra: Floats, steps: Ints, at_begin: bool, less: Floats | None = None
+) -> tuple[float, float] | None:
+    """Mean step time as it was, and without the extra self time and transfer.
 
     extra: seconds that each rank took too long [steps given, ranks]. steps: places of these steps. at_begin: the
     excess lies before the step's first collective (loading), else it is spread over the step's self time. less:
@@ -56,7 +64,7 @@ def step_ratio(
     lessened, tail_lessened = _without(own, tail, first, last, chain, extra.reshape(-1), at_begin)
     shorter = transfer if less is None else np.maximum(transfer - less[rows], 0)
     now, fixed = graph.step_times(own, tail, transfer), graph.step_times(lessened, tail_lessened, shorter)
-    return float(now.sum() / fixed.sum()) if fixed.sum() > 0 else None
+    return float(now.mean()), float(fixed.mean())
 
 
 def _sample(frame: Frame, steps: Ints, extra: Floats) -> tuple[Ints, Floats]:

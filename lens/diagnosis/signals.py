@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lens.diagnosis.arrays import Array, Floats, Ints, pack
+from lens.diagnosis.arrays import Array, Floats, Ints
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.topology import Topology
 from lens.tables import Tables
@@ -15,8 +15,17 @@ from lens.tables import Tables
 LABELLED = {
     "process.context_switches": "involuntary",
     "hw.temperature": "core",
+    "system.paging.operations": "in",
+    "process.paging.faults": "major",
+    "system.memory.usage": "used",
+    "host.pressure.some": "memory",
+    "hw.errors": "uncorrected",
 }
 """Metrics of several kinds of which one is wanted; a sample without labels counts as it."""
+HOST_WIDE = ("system.paging.operations", "system.memory.usage", "system.memory.limit", "host.pressure.some")
+"""Metrics that a host gives once for all of its ranks."""
+STRICT = ("hw.errors", "process.paging.faults")
+"""Metrics of which other kinds are common and harmless: where the wanted one is not labelled, there is none."""
 CORE_NAMES = ("core", "edge", "junction", "hotspot", "gpu")
 
 
@@ -80,9 +89,11 @@ class Signals:
             # Once the last step is over, idle cards and processes say nothing about it.
             mine = mine[table["t_ns"][mine] <= self._timeline.ended_ns[-1]]
         if metric in LABELLED and len(mine):
-            mine = mine[self._wanted(table["labels"][mine], LABELLED[metric])]
+            mine = mine[self._wanted(table["labels"][mine], LABELLED[metric], metric in STRICT)]
         row = self._topology.row(table["rank"][mine])
         row = np.where(table["rank"][mine] >= 0, row, self._row_of_device[table["device"][mine]])
+        if metric in HOST_WIDE:
+            mine, row = self._to_ranks(mine, row)
         mine, row = mine[row >= 0], row[row >= 0]
         if not len(mine):
             return None
@@ -97,67 +108,30 @@ class Signals:
         order, step = order[ordered], step[ordered]
         return Series(row[order], step, t_ns[order], value[order])
 
-    def _wanted(self, labels: Array, name: str) -> Array:
+    def _to_ranks(self, mine: Ints, row: Ints) -> tuple[Ints, Ints]:
+        """Samples of a host stand once for each of its ranks."""
+        hosts: dict[str, list[int]] = {}
+        for place, name in enumerate(self._topology.host):
+            if name:
+                hosts.setdefault(name, []).append(place)
+        bearing = np.flatnonzero(row < 0)
+        names = self._tables.texts(self._tables.samples["host"][mine[bearing]])
+        at = [
+            (number, place)
+            for number, name in zip(bearing.tolist(), names, strict=True)
+            for place in hosts.get(name or "", ())
+        ]
+        number = np.array([pair[0] for pair in at], np.int64)
+        places = np.array([pair[1] for pair in at], np.int64)
+        known = np.flatnonzero(row >= 0)
+        return np.concatenate([mine[known], mine[number]]), np.concatenate([row[known], places])
+
+    def _wanted(self, labels: Array, name: str, strict: bool) -> Array:
         names = CORE_NAMES if name == "core" else (name,)
         accepted = {
             code: code < 0 or bool(set(json.loads(self._tables.strings[code]).values()) & set(names))
             for code in np.unique(labels).tolist()
         }
-        if not any(accepted.values()):
+        if not any(accepted.values()) and not strict:
             return np.ones(len(labels), bool)
         return np.array([accepted[code] for code in labels.tolist()])
-
-
-@dataclass(frozen=True)
-class ExpertLoad:
-    """Tokens that arrive at each rank's experts, summed over layers: [steps, ranks], NaN = unknown."""
-
-    tokens: Floats
-
-    @classmethod
-    def of(cls, tables: Tables, timeline: Timeline, topology: Topology) -> ExpertLoad | None:
-        """Sum what the routers of each expert-parallel group send to the experts each rank owns."""
-        table = tables.vectors
-        rows = np.flatnonzero((table["metric"] == tables.code("moe.expert.tokens")) & (table["length"] > 0))
-        groups = {name: members for name, members in topology.members.items() if name.split("/")[0] == "ep"}
-        if not len(rows) or not groups or not len(timeline):
-            return None
-        experts = int(np.bincount(table["length"][rows]).argmax())
-        rows = rows[(table["length"][rows] == experts) & (table["step"][rows] >= 0)]
-        position = np.array(
-            topology.experts.get("owner")
-            or [e // max(1, experts // len(next(iter(groups.values())))) for e in range(experts)],
-            np.int64,
-        )
-        if len(position) != experts:
-            return None
-        key = pack(*(table[name][rows] for name in ("step", "rank", "layer", "t_ns")))
-        rows = rows[np.unique(key, return_index=True)[1]]
-        flat = tables.vector_values[table["offset"][rows][:, None] + np.arange(experts)]
-        step = np.searchsorted(timeline.steps, table["step"][rows])
-        inside = step < len(timeline)
-        rows, flat, step = rows[inside], flat[inside], step[inside]
-        group, place = np.full((2, len(topology) + 1), -1, np.int64)
-        for number, members in enumerate(groups.values()):
-            at = topology.row(np.array(members, np.int64))
-            group[at], place[at] = number, np.arange(len(members))
-        sender = np.where(table["rank"][rows] < 0, -1, topology.row(table["rank"][rows]))
-        cell = np.where(sender >= 0, group[sender] * len(timeline) + step, -1)
-        tokens = np.full((len(timeline), len(topology)), np.nan)
-        for owner in range(int(position.max()) + 1):
-            owned = flat[:, position == owner].sum(axis=1)
-            known, total = _sums(cell, owned, len(groups) * len(timeline))
-            # A vector without rank is summed over all ranks: it reaches every group's owner.
-            everywhere, summed = _sums(np.where(sender < 0, step, -1), owned, len(timeline))
-            for row in np.flatnonzero(place[:-1] == owner).tolist():
-                part = slice(group[row] * len(timeline), (group[row] + 1) * len(timeline))
-                tokens[:, row] = np.where(known[part] | everywhere, total[part] + summed, np.nan)
-        return cls(tokens)
-
-
-def _sums(cell: Ints, values: Floats, cells: int) -> tuple[Array, Floats]:
-    """Sums by cell and which cells have any; cell -1 counts nowhere."""
-    counted = cell >= 0
-    known = np.bincount(cell[counted], minlength=cells) > 0
-    total: Floats = np.bincount(cell[counted], weights=values[counted], minlength=cells).astype(np.float64)
-    return known, total

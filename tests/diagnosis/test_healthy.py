@@ -8,6 +8,8 @@ from fabric import WEATHER
 from helpers import verdict
 
 from lens.diagnosis.examine import Examiner
+from lens.diagnosis.judge import CAUSES, Judge
+from lens.diagnosis.notices import grid
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.topology import Topology
 
@@ -18,9 +20,11 @@ def alarms(cluster: Cluster) -> int:
     timeline = Timeline.of(tables)
     examiner = Examiner.of(tables, timeline, Topology.of(cluster.run(), tables))
     begin = examiner.first_raised()
-    held: set[tuple[str, tuple[int, ...]]] = set()
-    for place in range(cluster.steps - 1 if begin is None else begin, cluster.steps):
-        held |= examiner.named(place)
+    places = set(range(cluster.steps if begin is None else begin, cluster.steps))
+    judge, held = Judge(examiner), set()
+    for place in sorted(places | set(grid(cluster.steps).tolist()) | {cluster.steps - 1}):
+        infos = {(n.cause, n.rows) for n in judge.at(place)[1] if CAUSES[n.cause].severity == "info"}
+        held |= judge.named(place) - infos
     return len(held)
 
 
