@@ -29,7 +29,7 @@ check: $(DEV) ## style and types
 prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
 
-prove-verdicts: $(DEV) ## 46 real runs with real faults: is the right cause named? (20 minutes)
+prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause named? (35 minutes)
 	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)
 
 prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (4 minutes)
