@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the world's group as a default argument. Imported after the group is made (making an optimizer
+# does so), they hold the group for ever: its threads outlive `Ranks.close` and meet the interpreter's end.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from sample_runs.moe.faults import Pace

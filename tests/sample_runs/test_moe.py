@@ -17,7 +17,7 @@ from sample_runs.moe.data import Windows, read_corpus
 from sample_runs.moe.model import ModelSize, MoeModel
 from sample_runs.moe.parallel import Layout
 from sample_runs.moe.volume import Sent, expected_bytes
-from tests.hooks.ringside import ROOT, Recorded, read_rings
+from tests.hooks.ringside import ROOT, Recorded, read_rings, run_python
 from tests.sample_runs.running import STEPS, train
 
 pytestmark = pytest.mark.processes
@@ -131,6 +131,33 @@ def test_dropless_drops_nothing_in_a_world_of_one(tmp_path: Path) -> None:
 def test_eight_ranks_train(tmp_path: Path) -> None:
     done = train(tmp_path, 8, "--data-workers", "0", "--no-lens", steps=4)
     assert "step     4/4" in done.stdout
+
+
+ENDING = """
+import sys
+from pathlib import Path
+from sample_runs.moe import options, train
+
+def threads():
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+close = train.Ranks.close
+def watched(ranks):
+    before = len(threads())
+    close(ranks)
+    print(f"threads {before} -> {len(threads())}", flush=True)
+train.Ranks.close = watched
+sys.exit(train.main(options.parse()))
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--no-lens"]], ids=["with lens", "without"])
+def test_no_thread_of_a_process_group_is_left_for_the_interpreter_s_end(words: list[str], tmp_path: Path) -> None:
+    run = ["-c", ENDING, "--steps", "2", "--out", str(tmp_path / "out"), *words]
+    done = run_python(run, tmp_path / "rings")
+    before, after = done.stdout.split("threads ")[1].split(" -> ")
+    assert int(before) > 0
+    assert int(after) == 0
 
 
 def test_asked_to_stop_it_ends_cleanly(tmp_path: Path) -> None:
