@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +23,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from lens.dashboard import mount
-from lens.settings import Settings
-from lens.store.app import create_app
 from tests.dashboard import fake_store, full_run, synthetic
 
 FLAGS = [
@@ -127,12 +128,17 @@ class RealServer(Server):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """The pages on the real store and the real diagnosis."""
-    folder: Path = tmp_path_factory.mktemp("data")
-    app = create_app(Settings.load(data=folder, token=TOKEN))
-    mount(app)
-    with Running(app) as running:
-        yield RealServer(running.url, {"Authorization": f"Bearer {TOKEN}"})
+    """``lens serve`` in a process of its own: a process that has opened one store can open no other."""
+    folder: Path = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "lens", "serve", "--data", str(folder), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "LENS_TOKEN": TOKEN}) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "the server did not come up"
+        url = json.loads(line)["url"].split("/?")[0]
+        yield RealServer(url, {"Authorization": f"Bearer {TOKEN}"})
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) is not None, "the server did not shut down with a page open"
 
 
 @pytest.fixture(scope="session")
