@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -103,6 +104,8 @@ def _live(reader: RunReader, name: str, interval_s: float) -> int:
     verdict = _Verdict(reader, name)
     reply = reader.now(name)
     scroll, note = 0, ""
+    # Started by a shell in the background, Python would not listen to Ctrl-C even once it is in front.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Screen(sys.stdout) as screen:
         try:
             while True:
