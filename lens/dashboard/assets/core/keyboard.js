@@ -2,7 +2,7 @@
 
 import { help } from "./help.js";
 
-const GO_MS = 1500;
+const GO_MS = 4000; // a busy browser may take its time between two keys
 
 export function listen(app) {
   let goUntil = 0;
