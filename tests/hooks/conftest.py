@@ -23,7 +23,7 @@ def watch(rings: Path) -> Iterator[Callable[..., None]]:
     """``lens.watch`` into this test's rings."""
 
     def start(model: Any = None, optimizer: Any = None, **more: Any) -> None:
-        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False)
+        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False, max_overhead_pct=100)
         lens.watch(model, optimizer, settings=settings, **more)
         assert lens.enabled()
 
