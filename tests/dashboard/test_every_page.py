@@ -12,7 +12,18 @@ import pytest
 
 from tests.dashboard import full_run, synthetic
 from tests.dashboard.conftest import RealServer, Server
-from tests.dashboard.reading import PAGES, PageCase, changed, content, downloaded, drawn, settled, tabled, text
+from tests.dashboard.reading import (
+    PAGES,
+    PageCase,
+    changed,
+    content,
+    downloaded,
+    drawn,
+    says,
+    settled,
+    tabled,
+    text,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("dashboard")]
 Open = Callable[..., Any]
@@ -102,7 +113,7 @@ def test_it_names_what_is_missing(real: RealServer, open_page: Open, case: PageC
         return says.length && says.every(each => each.innerText.startsWith('n/a:')); }""",
         arg=case.name,
     )
-    assert "… waiting" in text(page, "#status")
+    says(page, "#status", "… waiting")
 
 
 @each_page
