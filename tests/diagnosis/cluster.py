@@ -196,6 +196,10 @@ class _Simulation:
         c = self.cluster
         everybody = np.arange(c.ranks)
         factor, stall, gc = self.noise(step)
+        for fault in c.faults:
+            if fault.kind == "gc" and fault.active(step) and step % 6 == 0:
+                stall[list(fault.ranks)] += fault.strength
+                gc[list(fault.ranks)] += fault.strength
         if step < 2:
             factor = factor * (6.0 if step == 0 else 2.0)
         begun = self.clock.copy()
@@ -233,7 +237,11 @@ class _Simulation:
         self._phase(step, "optimizer", lambda: self._busy(0.04 * c.step_s / self.speed * self._jitter(0.05)))
         self._meet(step, "world", "all_reduce", "optimizer", -1, 0.01 * c.step_s)
         if c.checkpoint_every and step % c.checkpoint_every == c.checkpoint_every - 1:
-            self._phase(step, "checkpoint", lambda: self._busy(c.step_s * 2 * self._jitter(0.2)))
+            saving = c.step_s * 2 * self._jitter(0.2)
+            for fault in c.faults:
+                if fault.kind == "checkpoint" and fault.active(step):
+                    saving[list(fault.ranks)] *= fault.strength
+            self._phase(step, "checkpoint", lambda: self._busy(saving))
         if c.eval_every and step % c.eval_every == c.eval_every - 1:
             self._phase(step, "eval", lambda: self._busy(c.step_s * 3 * self._jitter(0.05)))
         for _ in range(c.small):
@@ -346,10 +354,13 @@ class _Simulation:
             c = self.cluster
             clock, reasons = np.full(c.ranks, 1980.0), np.zeros(c.ranks)
             heat, power = np.full(c.ranks, 62.0), np.full(c.ranks, 610.0)
+            memory = 4e8 + 3e7 * (1 - np.exp(-step / 40)) + self.random.normal(0, 3e5, c.ranks)
             for fault in c.faults:
                 ranks = list(fault.ranks)
                 if not fault.active(step):
                     continue
+                if fault.kind == "leak":
+                    memory[ranks] += fault.strength * (step - fault.step)
                 if fault.kind in ("compute", "thermal", "power_cap"):
                     clock[ranks] /= fault.strength
                 if fault.kind == "thermal":
@@ -368,6 +379,7 @@ class _Simulation:
                 ("hw.temperature", heat + self.random.normal(0, 1, c.ranks)),
                 ("hw.power", power + self.random.normal(0, 10, c.ranks)),
                 ("process.cpu.run_delay", delay),
+                ("process.memory.usage", memory),
             ):
                 self.writer.add(
                     "samples", metric=metric, value=values, rank=ranks, host=hosts, device=devices, t_ns=times

@@ -1,0 +1,66 @@
+"""Causes beyond a slow rank: pauses, checkpoints, leaks, routers, makes of cards; each with its look-alikes."""
+
+from __future__ import annotations
+
+import pytest
+from cluster import Cluster, Fault
+from helpers import first, verdict
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("noise", ["quiet", "shared", "collected"])
+def test_collections_of_one_rank_are_found_in_the_mean(noise: str) -> None:
+    reply = verdict(Cluster(ranks=8, noise=noise, seed=4, faults=(Fault("gc", (5,), 40, 0.1),)))
+    assert first(reply) == ("python_gc", [5])
+    assert abs(reply["hypotheses"][0]["onset_step"] - 42) <= 6
+
+
+def test_collections_of_all_ranks_alike_are_planned() -> None:
+    everyone = Fault("gc", tuple(range(8)), 0, 0.06)
+    assert verdict(Cluster(ranks=8, faults=(everyone,)))["status"] == "healthy"
+
+
+@pytest.mark.parametrize("ranks", [(2,), (0, 1, 2, 3, 4, 5, 6, 7)], ids=["one", "all"])
+def test_checkpoints_that_grew_name_who_writes_slowly(ranks: tuple[int, ...]) -> None:
+    cluster = Cluster(
+        ranks=8, noise="shared", seed=3, checkpoint_every=25, faults=(Fault("checkpoint", ranks, 60, 6.0),)
+    )
+    reply = verdict(cluster)
+    assert first(reply) == ("checkpoint_stall", list(ranks))
+    found = reply["hypotheses"][0]
+    now, fixed = cluster.step_seconds(False)[74:].mean(), cluster.step_seconds(True)[74:].mean()
+    assert found["onset_step"] == 74
+    assert found["slowdown_pct"] == pytest.approx(100 * (now / fixed - 1), rel=0.25)
+
+
+def test_a_rank_that_always_saves_slowly_is_compared_with_its_peers() -> None:
+    reply = verdict(Cluster(ranks=8, checkpoint_every=20, faults=(Fault("checkpoint", (6,), 0, 4.0),)))
+    assert first(reply) == ("checkpoint_stall", [6])
+
+
+def test_a_leak_is_named_with_the_time_that_is_left_and_costs_nothing_yet() -> None:
+    reply = verdict(Cluster(ranks=8, steps=300, faults=(Fault("leak", (3,), 100, 1.5 * MIB),)))
+    found = reply["hypotheses"][0]
+    assert (found["cause"], found["ranks"], found["slowdown_pct"]) == ("memory_leak_host", [3], None)
+    assert abs(found["onset_step"] - 100) <= 40
+    assert reply["status"] == "degraded"
+
+
+def test_memory_that_fills_up_once_is_no_leak() -> None:
+    assert verdict(Cluster(ranks=8, steps=300, seed=2))["hypotheses"] == []
+
+
+def test_owners_of_hot_experts_are_named_together_in_noise_that_hides_each() -> None:
+    fault = Fault("hot_expert", (1, 3), 50, 1.5)
+    reply = verdict(Cluster(ranks=4, ep=2, noise="shared", seed=8, faults=(fault,)))
+    assert first(reply) == ("hot_expert", [1, 3])
+    assert reply["hypotheses"][0]["component"].startswith("layer")
+
+
+@pytest.mark.parametrize("noise", ["quiet", "shared", "drifting"])
+def test_makes_that_differ_since_the_start_are_told_and_nobody_is_blamed(noise: str) -> None:
+    reply = verdict(Cluster(ranks=16, hosts=4, noise=noise, vendors={"H200": 1.0, "MI400": 1.5}))
+    assert (reply["status"], [(h["cause"], h["ranks"], h["severity"]) for h in reply["hypotheses"]]) == (
+        "healthy", [("mixed_vendor_imbalance", [], "info")],
+    )  # fmt: skip
