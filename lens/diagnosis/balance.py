@@ -1,7 +1,6 @@
-"""Work that is spread unevenly by design or by data: makes of cards, pipeline stages, sequence lengths, chance.
+"""Work that is spread unevenly by design or by data: makes of cards, pipeline stages, sequence lengths.
 
-None of these is a rank's fault: the slower make, the longer stage and the longest batch are compared as groups, and
-what differs between single ranks at random is told as what it is.
+None of these is a rank's fault: the slower make, the longer stage and the longest batch are compared as groups.
 """
 
 from __future__ import annotations
@@ -30,11 +29,6 @@ CAUSES = {
         "alone.",
         absorbs=("compute",),
     ),
-    "jitter_amplification": Cause(
-        "Pin processes and quieten the hosts (system daemons, clock governors): with so many ranks some rank is always "
-        "unlucky.",
-        severity="info",
-    ),
 }  # fmt: skip
 
 QUARTERS = 4
@@ -52,8 +46,6 @@ SEQUENCE_COST = 0.08
 SEQUENCE_STEPS = 64
 OFTEN_SLOWEST = 0.5
 """A rank that draws the longest batch more often than this has other data: it is not chance."""
-JITTER_RANKS = 32
-JITTER_SHARE = 0.10
 
 
 @dataclass(frozen=True)
@@ -199,32 +191,6 @@ class Balance:
         uneven = np.nan_to_num(mean(np.abs(part - level[:, None]), axis=1) / np.where(level > 0, level, np.nan))
         onset, before, now = notices.begins(uneven, 5)
         return policy.WARM_UP_STEPS + onset if onset and now > 2 * before else 0
-
-    def jitter(self, place: int) -> Notice | None:
-        """What waiting for whoever is unlucky costs a large run in which no rank stands out."""
-        steps = notices.judged_steps(place)
-        compute = self.run.features.get("compute")
-        if compute is None or len(steps) < STANDING_STEPS or compute.shape[1] < JITTER_RANKS:
-            return None
-        took = compute[steps]
-        typical = median(took, axis=1)
-        known = np.isfinite(typical)
-        worst = np.nan_to_num(took[known], nan=-np.inf)
-        lost = worst.max(axis=1) - typical[known]
-        unit = self.run.usual_seconds(steps)
-        share = float(np.median(lost)) / unit if len(lost) and unit > 0 else 0.0
-        slowest = np.bincount(worst.argmax(axis=1), minlength=compute.shape[1]).max() / max(1, len(lost))
-        if share < JITTER_SHARE or slowest > max(0.1, 8 / compute.shape[1]):
-            return None
-        said = (
-            f"the slowest of {compute.shape[1]} ranks takes {notices.short(float(np.median(lost)))} longer than the typical "
-            "one in most steps, and it is another rank each time"
-        )
-        return Notice(
-            "jitter_amplification", (), 0, None, notices.sureness(share, JITTER_SHARE, 0.85), said,
-            (Evidence("comm.self", float(np.median(typical[known])), float(np.median(worst.max(axis=1)))),),
-            1 / (1 - min(share, 0.9)),
-        )  # fmt: skip
 
 
 def _squares(run: Examiner) -> Floats | None:
