@@ -60,6 +60,7 @@ $(RUN): pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
 	@echo "2/2  lens, its store and its pages"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[all]'
+	@$(BIN)/python -m lens.hooks.native.build || echo "not compiled; lens works without it (lens doctor says what is not seen)"
 	@touch $@
 
 $(DEV): $(RUN)

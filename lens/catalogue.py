@@ -175,6 +175,7 @@ phase.duration|s|v|phase|+|Time of one phase; a vector is over ranks
     "communication": """
 comm.op.duration|s|h|op,group|+|Time of one collective
 comm.op.bytes|By|c|op,group||Bytes given to collectives
+comm.given.bytes|By|v|group,op||Bytes this rank has given to each rank of a group in one step, by all-to-alls
 comm.algbw|By/s|g|op,group|-|Bytes of a collective by its time
 comm.busbw|By/s|g|op,group|-|comm.algbw corrected for the algorithm and the number of ranks
 comm.wait.duration|s|h|op,group|+|Time waited for the last rank to arrive

@@ -17,6 +17,10 @@ A ring file is: header page · control page · string table · slots. Header wor
 | 16 … 21 | the collective entered last: t0 (0 once left) · op and group ids · seq · bytes · step · t1 |
 | 24 … 27 | the phase entered last: t0 (0 once left) · name id · step · t1 |
 | 32 … 34 | the step entered last: t0 (0 once left) · number · t1 |
+| 64 … 447 | collectives in flight, written by the native observer alone: 48 times 8 words (below) |
+
+A collective in flight: t0 (0 where none is) · op and group ids · seq · bytes · step · since when it is waited for (0
+not) · when it was completed (0 not yet) · 1 if asynchronous.
 
 Only the standard library is used: training processes load this.
 """
@@ -69,6 +73,7 @@ SLOT_COUNT_WORD, STRINGS_AT_WORD, STRINGS_SIZE_WORD, SLOTS_AT_WORD = 2, 3, 4, 5
 PID_WORD, THREAD_WORD, CLOSED_WORD, STRINGS_USED_WORD, STRINGS_REFUSED_WORD = 6, 7, 8, 9, 10
 OPEN_COLLECTIVE_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD = 16, 24, 32
 CONTROL_WORD = PAGE // 8
+FLIGHTS_WORD, FLIGHT_WORDS, FLIGHTS = 64, 8, 48
 CONTROL_WORDS = ("detach", "detail", "profile_step", "profile_steps", "backoff_pct", "agent_seen_ns")
 
 _WORD = struct.Struct("<q")

@@ -16,6 +16,9 @@ from typing import Any
 from lens.recorder import (
     CLOSED_WORD,
     CONTROL_WORDS,
+    FLIGHT_WORDS,
+    FLIGHTS,
+    FLIGHTS_WORD,
     MAGIC,
     OPEN_COLLECTIVE_WORD,
     OPEN_PHASE_WORD,
@@ -138,10 +141,26 @@ class RingReader:
         t0, name, step = (self._word(OPEN_PHASE_WORD + i) for i in range(3))
         if t0:
             found.append({"kind": "phase", "name": _at(strings, name), "t0": t0, "step": step})
+        flights = self._flights()
         collective = self.last_collective()
-        if collective and collective["t0"]:
+        if collective and collective["t0"] and all(flight["t0"] != collective["t0"] for flight in flights):
             found.append(collective)
-        return found
+        return found + flights
+
+    def _flights(self) -> list[dict[str, Any]]:
+        """Collectives entered and not completed, the first entered first: the native observer notes them all."""
+        found = []
+        for place in range(FLIGHTS):
+            at = FLIGHTS_WORD + FLIGHT_WORDS * place
+            t0, ids, seq, size, step, waited_from, done, flags = (self._word(at + i) for i in range(FLIGHT_WORDS))
+            # Read before and after: a place that was given to another collective meanwhile tells of neither.
+            if t0 == 0 or done or self._word(at) != t0:
+                continue
+            flight = self._collective(t0, ids, seq, size, step)
+            if flags & 1:
+                flight |= {"async": True, "t_wait": waited_from or None}
+            found.append(flight)
+        return sorted(found, key=lambda flight: int(flight["t0"]))
 
     def last_step(self) -> int | None:
         """Number of the step entered last, None before the first."""
@@ -149,10 +168,11 @@ class RingReader:
         return number if began or ended else None
 
     def last_collective(self) -> dict[str, Any] | None:
-        """The collective entered last (t0 is 0 once it was left); None before the first."""
-        t0, ids, seq, size, step = (self._word(OPEN_COLLECTIVE_WORD + i) for i in range(5))
-        if not ids:
-            return None
+        """The collective entered last (t0 is 0 once it was left, t1 its end where that is known); None if none was."""
+        t0, ids, seq, size, step, t1 = (self._word(OPEN_COLLECTIVE_WORD + i) for i in range(6))
+        return {**self._collective(t0, ids, seq, size, step), "t1": t1} if ids else None
+
+    def _collective(self, t0: int, ids: int, seq: int, size: int, step: int) -> dict[str, Any]:
         return {
             "kind": "collective",
             "name": _at(self.strings, ids & _LOW),

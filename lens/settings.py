@@ -62,6 +62,8 @@ class Settings:
     """Bound of the spool, MiB; beyond it the oldest batch is dropped and counted."""
     max_overhead_pct: float = 1.0
     """Budget of the hook, per cent of step time; past it the hook backs off."""
+    native: bool = True
+    """Whether the hook may load, and the agent build, what is compiled for this torch (`lens doctor --build`)."""
     disabled: bool = False
     """Kill switch: every call of the hook does nothing."""
     simulate: str | None = None

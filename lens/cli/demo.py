@@ -230,6 +230,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(demo: _Demo, arguments: argparse.Namespace) -> int:
+    _build(demo)
     demo.say("starting the server …")
     demo.start_server()
     token = Settings.load(data=demo.settings.data).read_token()
@@ -271,6 +272,18 @@ def _ended(reader: ServerReader, run: str) -> bool:
         return bool(reader.run(run)["state"] == "ended")
     except CommandError:
         return False
+
+
+def _build(demo: _Demo) -> None:
+    """Compile first what the hook can use: beside the training it would slow the very ranks that are shown."""
+    from lens.hooks import native
+    from lens.hooks.native.build import compiler
+
+    if demo.settings.native and compiler() and not native.built("observer"):
+        demo.say("compiling what sees every collective, once for this torch (about a minute) …")
+        subprocess.run(
+            [sys.executable, "-m", "lens.hooks.native.build"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
 
 def _verdict(reader: ServerReader, run: str) -> dict[str, Any]:

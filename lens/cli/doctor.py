@@ -38,12 +38,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_data(parser)
     add_server(parser)
+    parser.add_argument(
+        "--build", action="store_true", help="compile what the hook can use for this torch (once, about a minute)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Look and tell."""
     settings = settings_of(arguments)
-    checks = [_python(), _system(), _rings(settings), _server(settings), _cards(), *_packages()]
+    if arguments.build:
+        _build(arguments.json)
+    checks = [
+        _python(), _system(), _rings(settings), *_native(settings), _server(settings), _cards(), *_packages(),
+    ]  # fmt: skip
     broken = any(check.state == "broken" for check in checks)
     if arguments.json:
         print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in checks]}))
@@ -81,6 +88,49 @@ def _rings(settings: Settings) -> Check:
     if free < 2 * settings.ring_mib * 2**20:
         return Check("rings", "broken", found, "set LENS_RINGS to a local disk with room")
     return Check("rings", "ok", found)
+
+
+def _build(quiet: bool) -> None:
+    """Build what is not built; how it went stands in the check, like what was built long ago."""
+    from lens.hooks.native import build, cache
+    from lens.hooks.native.libraries import LIBRARIES
+
+    for library in LIBRARIES.values():
+        if not quiet:
+            print(f"building {library.name} ({library.does}) …", file=sys.stderr, flush=True)
+        try:
+            build.build(library)
+        except (build.BuildError, cache.CacheError):
+            continue
+
+
+def _native(settings: Settings) -> list[Check]:
+    """What is compiled for this torch, and what of the training is not seen without it."""
+    from lens.hooks.native import build, cache
+    from lens.hooks.native.libraries import LIBRARIES
+
+    if not settings.native:
+        return [Check("native", "absent", "switched off (LENS_NATIVE=0)")]
+    checks = []
+    for library in LIBRARIES.values():
+        name, file_name = f"native {library.name}", library.file_name()
+        if file_name is None:
+            continue  # without torch there is nothing to train
+        try:
+            if cache.find(file_name):
+                checks.append(Check(name, "ok", f"built: {library.does}"))
+                continue
+            failure = cache.failure(file_name)
+        except (OSError, cache.CacheError) as error:
+            checks.append(Check(name, "absent", f"refused: {error}", library.without))
+            continue
+        if failure:
+            checks.append(Check(name, "absent", f"not built: {failure}", library.without))
+        elif build.compiler() is None:
+            checks.append(Check(name, "absent", "no C++ compiler", f"install g++; until then {library.without}"))
+        else:
+            checks.append(Check(name, "absent", f"not built; until then {library.without}", "lens doctor --build"))
+    return checks
 
 
 def _server(settings: Settings) -> Check:

@@ -90,7 +90,8 @@ def _last_words(readers: list[RingReader], about: dict[str, Any], last: int) -> 
     # One that is still open says more than one that another thread has left since.
     collective = max(calls, key=lambda call: (call["t0"] > 0, call["t0"], call["seq"]), default=None)
     entered: dict[str, int] = {}
-    for record in [*records, *calls]:
+    flights = [span for span in spans if span["kind"] == "collective"]
+    for record in [*records, *calls, *flights]:
         if record.get("group") and record.get("seq") is not None:
             entered[record["group"]] = max(entered.get(record["group"], -1), record["seq"])
     errors = [record for record in records if record["type"] == "event" and record.get("kind") == "process.error"]

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             environment[key] = value
     environment.setdefault("LENS_DATA", str(settings.data))
     keep_agent = _agent_keeper(settings, server, token)
+    _start_build(settings)
     where = server or "kept on this machine until a server is there (lens serve)"
     print(f"lens: run {environment['LENS_RUN']} → {where}", file=sys.stderr)
     return _pass_through(command, environment, keep_agent)
@@ -100,6 +101,15 @@ def _agent_keeper(settings: Settings, server: str | None, token: str | None) -> 
 
     keep(say=True)
     return keep
+
+
+def _start_build(settings: Settings) -> None:
+    """Have what is compiled for this torch ready as soon as may be; training neither waits for it nor needs it."""
+    from lens.collectors.building import start_build
+    from lens.hooks import native
+
+    if settings.native and native.torch_identity() and not native.built("observer"):
+        start_build(sys.executable)
 
 
 def _pass_through(command: list[str], environment: dict[str, str], keep_agent: Callable[[], None]) -> int:

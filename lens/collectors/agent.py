@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lens.collectors import launch
 from lens.collectors.amd import AmdCollector
+from lens.collectors.building import Builder
 from lens.collectors.host import HostCollector
 from lens.collectors.hosted_run import HostedRun
 from lens.collectors.infiniband import InfinibandCollector
@@ -66,6 +67,7 @@ class Agent:
         os.set_blocking(self._wake_write, False)
         self._stopping = False
         self._shipper = Shipper(settings, say)
+        self._builder = Builder(settings.native)
         self._cards = self._simulate()
         self._collectors = self._open_collectors()
         self._devices: dict[str, DeviceInfo] = {
@@ -132,6 +134,8 @@ class Agent:
                 run.add(process)
         for run in self._runs.values():
             self._equip(run)
+            for process in run.trainers():
+                self._builder.look(process.about.get("lacks_native"))
 
     def _equip(self, run: HostedRun) -> None:
         """Tell the run of its devices, and give each rank on a simulated card its workload."""

@@ -220,8 +220,10 @@ class HostedRun:
         attrs: dict[str, Any] = {}
         spans = process.open_spans()
         main = process.readers.get("main.ring")
-        collective = max((s for s in spans if s["kind"] == "collective"), key=lambda s: s["t0"], default=None)
-        last = collective or (main.last_collective() if main else None)
+        # What was started and is not waited for holds nobody.
+        holding = [s for s in spans if s["kind"] == "collective" and (not s.get("async") or s.get("t_wait"))]
+        collective = max(holding, key=lambda span: span["t0"], default=None)
+        last = collective or process.last_collective()
         phase = next((span for span in spans if span["kind"] == "phase"), None)
         step = main.last_step() if main else None
         attrs["state"] = state or _state(process, collective, phase)

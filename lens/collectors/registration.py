@@ -12,7 +12,20 @@ from typing import Any
 from lens.collectors.spool import write_atomically
 
 _OF_RUN = ("name", "world_size", "groups", "experts", "config", "tags", "data_versions")
-_OF_RANK = ("rank", "host", "device", "vendor", "model", "local_rank", "nic", "switch", "pid", "uuid", "simulated")
+_OF_RANK = (
+    "rank",
+    "host",
+    "device",
+    "vendor",
+    "model",
+    "local_rank",
+    "nic",
+    "switch",
+    "collectives",
+    "pid",
+    "uuid",
+    "simulated",
+)
 
 
 class RunDescription:

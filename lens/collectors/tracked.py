@@ -137,6 +137,11 @@ class TrackedProcess:
         """What the process is in right now, over all its threads."""
         return [span for reader in self.readers.values() for span in reader.open_spans()]
 
+    def last_collective(self) -> dict[str, Any] | None:
+        """The collective that one of its threads is in, or the one left last; None before the first."""
+        found = [call for reader in self.readers.values() if (call := reader.last_collective())]
+        return max(found, key=lambda call: (call["t0"] > 0, max(call["t0"], call["t1"]), call["seq"]), default=None)
+
     def closed_cleanly(self) -> bool:
         """Whether its recorder was closed in an orderly end."""
         main = self.readers.get("main.ring")

@@ -65,7 +65,8 @@ def watch(
             assert _session is not None
         elif changes:
             _session.recorder.describe(**changes)
-            _session.collectives.kinds = groups or _session.collectives.kinds
+            if groups:
+                _session.know_groups(groups)
         _session.watch(model, optimizer)
     except (RecorderError, SettingsError) as error:
         _refuse(str(error))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lens.hooks import groups
-from lens.hooks.groups import Group, Kinds
+from lens.hooks.groups import Group, Kinds, Numbering
 from lens.hooks.guard import Part
 from lens.hooks.stand_in import stand_in
 from lens.hooks.timeline import Timeline
@@ -140,6 +140,7 @@ class Collectives:
 
     def install(self) -> None:
         """Replace the functions that this torch has."""
+        self._waits_patched = False
         import torch
         import torch.distributed as dist
 
@@ -169,6 +170,18 @@ class Collectives:
         for name, peer in POINT_TO_POINT.items():
             original = getattr(dist, name)
             self.part.patch(dist, name, self._wrapped_pair(original, name, peer, compiling))
+
+    def hand_over(self) -> Numbering | None:
+        """Take the patches out, and tell what was counted of each group, by torch's name for it.
+
+        None while that cannot be: something asynchronous is in flight, which only its beginner sees land, or a group
+        has no numbers of its own, so that ranks which change hands at different steps would count differently.
+        """
+        if self._flights or self.part.gone or not self.can_rest():
+            return None
+        self.part.undo()
+        found = ((entry, entry.reference()) for entry in self._groups.values())
+        return {group.group_name: entry.numbering() for entry, group in found if group is not None}
 
     def _wrapped_pair(self, original: Any, op: str, peer_name: str, compiling: Callable[[], bool]) -> Any:
         """``send`` or ``recv``: the group is the pair, the number counts its messages."""

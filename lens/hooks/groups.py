@@ -19,6 +19,10 @@ ASKED_EVERY = 64
 """After that it is asked about one in so many."""
 _NEVER = 2**63 - 1
 Kinds = Mapping[str, Sequence[Sequence[int]]]
+Counted = tuple[int, int, tuple[tuple[int, int, int], ...]]
+"""See `Group.numbering`."""
+Numbering = Mapping[str, Counted]
+"""What was counted of each group, by torch's name for it."""
 
 
 class Group:
@@ -94,6 +98,11 @@ class Group:
         self._pairs[pair] = number
         return number
 
+    def numbering(self) -> Counted:
+        """What was counted: the offset, the collectives of a backend without numbers, the messages of each pair."""
+        messages = tuple((source, target, count) for (source, target), count in self._pairs.items())
+        return self._offset, self.number, messages
+
     def global_rank(self, rank: int | None) -> int | None:
         """The global rank of a rank of the group."""
         import torch.distributed as dist
@@ -130,7 +139,11 @@ def name_of(group: Any, kinds: Kinds) -> str:
 
     if group is dist.group.WORLD:
         return WORLD
-    members = sorted(dist.get_process_group_ranks(group))
+    return name_of_members(group, sorted(dist.get_process_group_ranks(group)), kinds)
+
+
+def name_of_members(group: Any, members: list[int], kinds: Kinds) -> str:
+    """The name of a group of these global ranks, ascending, that is not the whole world."""
     known = [
         f"{kind}/{index}"
         for kind, lists in kinds.items()

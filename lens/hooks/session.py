@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lens.hooks import automatic, process
+from lens.hooks import automatic, native, process
 from lens.hooks.budget import Budget, Thinned
 from lens.hooks.collectives import Collectives
 from lens.hooks.experts import Experts
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
 from lens.hooks.memory import Memory
+from lens.hooks.observer import Observer
 from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, Timeline
 from lens.hooks.values import Values
@@ -38,12 +39,16 @@ class Session:
         self.timeline = Timeline(self.recorder)
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
+        self.observer = Observer(self.recorder, self.timeline, kinds)
         self.experts = Experts(self.timeline, self.values)
         self.memory = Memory(self.recorder)
         self.unprepared = False
         """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
         self.clean = True
+        self._native = settings.native
+        self._awaits_native = False
+        """Whether the native observer takes over once it is built."""
         self._watched: list[Callable[[], Any]] = []
         """Models and optimizers known already: references that keep none of them alive."""
         self._process_watched = False
@@ -58,6 +63,7 @@ class Session:
             self.values.part,
             self.timeline.part,
             self.collectives.part,
+            self.observer.part,
             self.experts.part,
             self.memory.part,
         ]
@@ -75,8 +81,20 @@ class Session:
     def install(self) -> None:
         """Patch what is the same for every model."""
         torch = sys.modules.get("torch")
-        if torch is not None and torch.distributed.is_available():
-            self.collectives.install()
+        if torch is None or not torch.distributed.is_available():
+            return
+        # One of the two sees a collective, never both.
+        if self._native and self.observer.install():
+            self.recorder.describe(collectives="native")
+            return
+        self.collectives.install()
+        self._awaits_native = self._native
+        self.recorder.describe(collectives="python", lacks_native=sys.executable if self._native else None)
+
+    def know_groups(self, kinds: Kinds) -> None:
+        """The person has said which groups are of which kind."""
+        self.collectives.kinds = kinds
+        self.observer.know(kinds)
 
     def watch(self, model: Any, optimizer: Any) -> None:
         """Find the phases of this model and optimizer; each is taken once, however often it is given."""
@@ -119,12 +137,15 @@ class Session:
         """The step is over; returns whether somebody asks the hook to leave."""
         if self.experts.counted:
             self.experts.before_step_ends()
+        if self.observer.records:
+            self.observer.before_step_ends()
         return self._after_step(self.timeline.end_step())
 
     def close(self) -> None:
         """Put everything back and close the ring."""
         if self.values.part.on:
             self.values.later.use_all()
+        self.observer.clean = self.clean
         for part in reversed(self.parts):
             part.switch_off()
         self.recorder.close(self.clean)
@@ -162,6 +183,8 @@ class Session:
         if now >= self._counters_due:
             self._counters_due = now + _COUNTERS_NS
             self._count(now)
+            if self._awaits_native and native.built("observer"):
+                self._go_native()
         if self.budget.thins:
             self.budget.choose(self.timeline.last_step + 1)
         return self.recorder.detach_asked()
@@ -180,12 +203,29 @@ class Session:
         percent = self.recorder.control().backoff_pct or self._limit
         self.budget.look(percent / 100, now, timeline.steps, taken)
 
+    def _go_native(self) -> None:
+        """The library has been built since: let it see what Python cannot, from here on."""
+        numbering = self.collectives.hand_over()
+        if numbering is None:
+            return  # perhaps at another step
+        self._awaits_native = False
+        if self.observer.install():
+            self.collectives.part.switch_off()
+            self.observer.go_on(numbering)
+            self.recorder.describe(collectives="native", lacks_native=None)
+            change = {"key": "collectives", "old": "python", "new": "native"}
+            text = "collectives of every caller are seen from here on"
+            self.recorder.event("run.config", text, step=self.timeline.last_step, attrs=change)
+        else:
+            self.collectives.install()
+
     def _spent_on_experts(self) -> int:
         return self.timeline.spent_on_experts
 
     def _spent_on_collectives(self) -> int:
-        """Nothing where it could not be saved: a group that cannot tell its number must not lose count."""
-        return self.timeline.spent_on_collectives if self.collectives.can_rest() else 0
+        """Nothing where it could not be saved: in C++, or where a group that has no number would lose count."""
+        can_rest = not self.observer.records and self.collectives.can_rest()
+        return self.timeline.spent_on_collectives if can_rest else 0
 
     def _tell_of_budget(self, text: str) -> None:
         self.recorder.event("lens.backoff", text, step=self.timeline.last_step)

@@ -362,8 +362,10 @@ class _Part:
             if not isinstance(span, dict):
                 self.rejected.add(self.part.first, "an open span is an object")
                 continue
-            known = {key: span[key] for key in ("group", "seq", "bytes") if span.get(key) is not None}
-            t0 = span.get("t0")
+            known = {key: span[key] for key in ("group", "seq", "bytes", "async") if span.get(key) is not None}
+            t0, waited_from = span.get("t0"), span.get("t_wait")
+            if isinstance(waited_from, int):
+                known["t_wait_ns"] = self._moment(waited_from)
             record = {
                 "type": "span",
                 "t0_ns": self._moment(t0) if isinstance(t0, int) else None,

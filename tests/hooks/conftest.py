@@ -9,8 +9,27 @@ from typing import Any
 import pytest
 
 import lens
+from lens.hooks.native import build
+from lens.hooks.native.libraries import LIBRARIES
 from lens.settings import Settings
 from tests.hooks.ringside import Recorded, read_rings
+
+
+@pytest.fixture(scope="session")
+def observer_library() -> None:
+    """The native observer, built for this torch."""
+    try:
+        build.build(LIBRARIES["observer"])
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["native", "python"])
+def tier(request: pytest.FixtureRequest) -> str:
+    """Who sees collectives: the native observer, or patches in Python."""
+    if request.param == "native":
+        request.getfixturevalue("observer_library")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -22,8 +41,8 @@ def rings(tmp_path: Path) -> Path:
 def watch(rings: Path) -> Iterator[Callable[..., None]]:
     """``lens.watch`` into this test's rings."""
 
-    def start(model: Any = None, optimizer: Any = None, **more: Any) -> None:
-        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False, max_overhead_pct=100)
+    def start(model: Any = None, optimizer: Any = None, *, native: bool = True, **more: Any) -> None:
+        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False, native=native, max_overhead_pct=100)
         lens.watch(model, optimizer, settings=settings, **more)
         assert lens.enabled()
 

@@ -43,7 +43,8 @@ class Recorded:
 
     @property
     def vectors(self) -> list[dict[str, Any]]:
-        return self.of(VECTOR)
+        """Tokens of experts."""
+        return [vector for vector in self.of(VECTOR) if vector["metric"] == "moe.expert.tokens"]
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def test_the_share_of_time_is_recorded_and_adds_up(watch: Watch, recorded: Read)
 
 
 def test_without_room_experts_give_way_first_and_steps_stay(watch: Watch, recorded: Read, rings: Path) -> None:
-    watch(MODEL)
+    watch(MODEL, native=False)
     (ring,) = rings.glob("*/*/main.ring")
     session_ = lens.hooks.api._session
     assert session_ is not None
@@ -103,7 +103,7 @@ def test_without_room_experts_give_way_first_and_steps_stay(watch: Watch, record
 
 
 def test_what_was_left_out_comes_back_when_there_is_room(watch: Watch, recorded: Read) -> None:
-    watch(MODEL)
+    watch(MODEL, native=False)
     session_ = lens.hooks.api._session
     assert session_ is not None
     session_._limit = 0.001

@@ -71,9 +71,9 @@ SCRIPT = """
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Recorded]:
+def ranks(tier: str, tmp_path_factory: pytest.TempPathFactory) -> list[Recorded]:
     rings: Path = tmp_path_factory.mktemp("collectives") / "rings"
-    done = run_script(SCRIPT, rings, world=3)
+    done = run_script(SCRIPT, rings, world=3, LENS_NATIVE=str(int(tier == "native")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"] * 3, done.stderr
     return read_rings(rings)
@@ -253,7 +253,7 @@ def test_numbers_stay_the_groups_own_when_others_call_collectives_too(
     def by_another_way() -> None:
         distributed_c10d.all_reduce(torch.ones(1))
 
-    watch()
+    watch(native=False)
     expected, number = [], 0
     for call in range(3 * groups.ASKED_FIRST):
         number += 1
@@ -272,7 +272,7 @@ def test_a_rare_collective_that_passes_by_is_made_up_for(
 ) -> None:
     from torch.distributed import distributed_c10d
 
-    watch()
+    watch(native=False)
     for _ in range(2 * groups.ASKED_FIRST):
         dist.all_reduce(torch.ones(1))
     distributed_c10d.all_reduce(torch.ones(1))

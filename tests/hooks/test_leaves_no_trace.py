@@ -31,16 +31,25 @@ Watch = Callable[..., None]
 Read = Callable[[], Recorded]
 
 PATCHED: dict[str, Callable[[], Any]] = {
-    **{
-        f"torch.distributed.{name}": lambda name=name: vars(dist)[name]  # type: ignore[misc]
-        for name in (*collectives.FUNCTIONS, *collectives.POINT_TO_POINT)
-        if hasattr(dist, name)
-    },
-    "Work.wait": lambda: vars(dist.Work)["wait"],
     "torch.autograd.backward": lambda: torch.autograd.backward,
     "DataLoader": lambda: vars(torch.utils.data.dataloader._BaseDataLoaderIter)["__next__"],
     "excepthook": lambda: sys.excepthook,
     "gc": lambda: list(gc.callbacks),
+}
+PATCHED_BY_TIER: dict[str, dict[str, Callable[[], Any]]] = {
+    "python": {
+        f"torch.distributed.{name}": lambda name=name: vars(dist)[name]  # type: ignore[misc]
+        for name in (*collectives.FUNCTIONS, *collectives.POINT_TO_POINT)
+        if hasattr(dist, name)
+    },
+    "native": {
+        "Work.wait": lambda: vars(dist.Work)["wait"],
+        "_broadcast_coalesced": lambda: dist._broadcast_coalesced,
+        "new groups": lambda: dist.distributed_c10d._new_process_group_helper,
+        "DeviceMesh": lambda: vars(dist.device_mesh.DeviceMesh)["__init__"],
+        "kernels": lambda: [torch._C._dispatch_dump(f"c10d::{name}") for name in ("allreduce_", "send", "barrier")],
+        "wait_tensor": lambda: torch._C._dispatch_dump("_c10d_functional::wait_tensor"),
+    },
 }
 
 
@@ -53,9 +62,13 @@ class Net(nn.Module):
         return self.inner(batch).sum()
 
 
-def test_every_patch_is_undone(watch: Watch) -> None:
+@pytest.mark.parametrize("tier", PATCHED_BY_TIER)
+def test_every_patch_is_undone(tier: str, watch: Watch, request: pytest.FixtureRequest) -> None:
+    if tier == "native":
+        request.getfixturevalue("observer_library")
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    whole = {name: read for patched in (PATCHED, *PATCHED_BY_TIER.values()) for name, read in patched.items()}
 
     def train() -> float:
         optimizer.zero_grad()
@@ -64,20 +77,21 @@ def test_every_patch_is_undone(watch: Watch) -> None:
         optimizer.step()
         return loss.item()
 
-    before = {name: read() for name, read in PATCHED.items()}
-    watch(model, optimizer)
-    changed = {name for name, read in PATCHED.items() if read() is not before[name] and read() != before[name]}
-    assert changed == set(PATCHED) - {"Work.wait"}
-    assert "forward" in vars(model)
-    train()
-    lens.detach()
-    for name, read in PATCHED.items():
-        assert read() is before[name] or read() == before[name], name
-    assert "forward" not in vars(model)
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    train()
-    watch(model, optimizer)
+    before = {name: read() for name, read in whole.items()}
+    for _ in range(2):
+        watch(model, optimizer, native=tier == "native")
+        changed = {name for name, read in whole.items() if read() is not before[name] and read() != before[name]}
+        assert changed == {*PATCHED, *PATCHED_BY_TIER[tier]}
+        assert "forward" in vars(model)
+        train()
+        lens.detach()
+        for name, read in whole.items():
+            assert read() is before[name] or read() == before[name], name
+        assert "forward" not in vars(model)
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        train()
+    watch(model, optimizer, native=tier == "native")
     train()
 
 

@@ -116,11 +116,15 @@ def test_every_field_is_as_the_embedded_hook_records_it(tmp_path: Path) -> None:
         assert other.closed
 
 
+@pytest.mark.usefixtures("observer_library")
 def test_a_ddp_loop_with_gradient_accumulation(rings: Path) -> None:
     for recorded in same_with_and_without([*TORCHRUN, written(rings, programs.DDP_LOOP)], rings):
         assert [step["step"] for step in recorded.steps] == list(range(6))
         assert count(recorded.phases) == {"data": 12, "forward": 12, "backward": 12, "optimizer": 6}
-        assert count(recorded.collectives) == {"all_reduce": 6}
+        sent = collections.Counter((call["name"], call["bytes"]) for call in recorded.collectives)
+        # The reducer's bucket and the loss, each step; once, the reducer tells its order of buckets.
+        assert sent["all_reduce", (8 * 8 + 8 + 8 + 1) * 4] == sent["all_reduce", 4] == 6
+        assert count(recorded.collectives) == {"all_reduce": 12, "broadcast": 2}
 
 
 @pytest.mark.long

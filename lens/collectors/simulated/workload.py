@@ -84,7 +84,7 @@ class RankWorkload:
         for span in sorted(spans, key=lambda span: span["kind"] != "collective"):
             if span["kind"] == "phase":
                 self._phase(span["name"], span["t0"], now_ns)
-            elif span["kind"] == "collective" and span["t0"]:
+            elif span["kind"] == "collective" and span["t0"] and (not span.get("async") or span.get("t_wait")):
                 self._count("comm", span["t0"], now_ns)
 
     def _phase(self, name: str | None, t0: int, t1: int) -> None:

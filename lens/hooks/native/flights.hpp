@@ -1,0 +1,359 @@
+// Collectives between entry and end: where each stands, who waits for it, and what is written once that is known.
+//
+// Knows nothing of torch. A flight is noted in the ring's header when it is entered, so that it is seen after a kill;
+// its slot is written when it has landed: when the call or the wait for it is over, or when nobody will wait.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <unordered_set>
+#include <vector>
+
+#include "ring.hpp"
+
+namespace lens {
+
+constexpr int64_t kAsync = 1;
+// Sweeps after which a collective that nobody has waited for counts as never waited for.
+constexpr int kPatience = 2;
+constexpr size_t kMostParked = 4096;
+
+struct Pair {
+  const std::string* name;
+  int64_t count = 0;
+};
+
+// A process group, as Python has told of it.
+struct Group {
+  const std::string* name = nullptr;  // null: not told of yet
+  std::vector<int64_t> ranks;         // global, in the order of ranks in the group
+  const std::string* labels = nullptr;
+  bool asked = false, numbered = false;
+  int64_t offset = 1;  // backend's number of the last collective + offset = number of the next
+  int64_t counted = 0;
+  std::map<std::pair<int64_t, int64_t>, Pair> pairs;  // messages, by global source and target
+  std::vector<double> given;                          // bytes of all-to-alls in a step, by rank in the group
+  int64_t given_step = kNull;
+};
+
+struct Flight {
+  const std::string *op = nullptr, *group = nullptr, *dtype = nullptr, *phase = nullptr;
+  int64_t t0 = 0, step = kNull, number = kNull, size = 0, peer = -1;
+  int64_t t_return = 0, t_wait = kNull;
+  int64_t own_before = 0;  // the backend's number before a message
+  std::atomic<int64_t> done{0};
+  bool is_async = true, is_message = false;
+  const void* work = nullptr;         // only ever compared
+  std::vector<const void*> results;   // storages of the outputs, only ever compared
+  int graph_task = -1;
+  int64_t backward_done = 0, backward_left = 0;  // when its backward pass had computed, and when it was left
+  bool over_in_backward = false;                 // it was completed by then
+  std::function<bool()> completed;               // asks, until its backward pass is left: `done` is told late on a busy machine
+  int sweeps = 0;
+  std::shared_ptr<Ring> ring;  // keeps `place` mapped for whoever completes it
+  int64_t* place = nullptr;
+
+  void complete(int64_t t) {
+    done.store(t, std::memory_order_release);
+    if (place && get(place) == t0) put(place + 6, t);
+  }
+};
+using FlightPtr = std::shared_ptr<Flight>;
+
+class Session;
+
+// What one thread keeps between two collectives.
+struct Thread {
+  std::weak_ptr<Session> session;
+  std::shared_ptr<Ring> ring;
+  FlightPtr last;                     // issued last and not waited for yet
+  std::vector<FlightPtr>* scope = nullptr;  // what is issued now is waited for before this is over
+  int graph_task = -1;
+  ~Thread();
+};
+inline thread_local Thread here;
+
+class Session : public std::enable_shared_from_this<Session> {
+ public:
+  // Args: the folder of this process's rings, and the ring that Python writes, mapped.
+  Session(std::string directory, std::unique_ptr<Mapping> main)
+      : directory_(std::move(directory)), main_(std::move(main)) {}
+
+  std::atomic<int64_t> spent{0}, unrecorded{0};
+  std::atomic<bool> strangers{false};  // a group was met that Python has not told of
+  std::mutex lock;                     // held for table look-ups only, never around a call
+
+  // --- under the lock -----------------------------------------------------------------------------------------
+
+  Group& group(const std::string& process_group) {
+    Group& found = groups_[process_group];
+    if (!found.name) strangers = true;
+    return found;
+  }
+
+  const std::string* keep(const std::string& text) { return &*texts_.insert(text).first; }
+
+  void tell(const std::string& process_group, const std::string& name, std::vector<int64_t> ranks) {
+    Group& group = groups_[process_group];
+    if (group.name && *group.name != name) group.pairs.clear();
+    group.name = keep(name);
+    group.ranks = std::move(ranks);
+    group.labels = keep("{\"group\":\"" + name + "\",\"op\":\"all_to_all\"}");
+  }
+
+  void forget(const std::string& process_group) { groups_.erase(process_group); }
+
+  Pair& pair(Group& group, int64_t source, int64_t target) {
+    Pair& found = group.pairs[{source, target}];
+    if (!found.name) {
+      const std::string from = source < 0 ? "any" : std::to_string(source);
+      found.name = keep((group.name ? *group.name : "") + ":" + from + "-" + std::to_string(target));
+    }
+    return found;
+  }
+
+  // Where the training is: its step, and the name of its phase.
+  void locate(Flight& flight) {
+    const int64_t* word = main_->words;
+    flight.step = get(word + kStepWord) ? get(word + kStepWord + 1) : kNull;
+    const int64_t id = get(word + kPhaseWord) ? get(word + kPhaseWord + 1) : 0;
+    while (id >= static_cast<int64_t>(phases_.size()) && strings_read_ < get(word + kStringsUsedWord)) {
+      const char* at = reinterpret_cast<const char*>(word) + word[kStringsAtWord] + strings_read_;
+      uint32_t length;
+      memcpy(&length, at, 4);
+      phases_.push_back(keep(std::string(at + 4, length)));
+      strings_read_ += 4 + length;
+    }
+    flight.phase = id < static_cast<int64_t>(phases_.size()) ? phases_[id] : nullptr;
+  }
+
+  // --- by the thread that calls -------------------------------------------------------------------------------
+
+  Ring* ring() {
+    if (here.session.lock().get() != this) {
+      here.session = weak_from_this();
+      here.last = nullptr;
+      here.ring = nullptr;
+      std::lock_guard guard(lock);
+      if (!spare_.empty()) {
+        here.ring = spare_.back();
+        spare_.pop_back();
+        here.ring->words()[kThreadWord] = gettid();
+      } else if ((here.ring = Ring::create(directory_, main_->words[kSlotCountWord]))) {
+        rings_.push_back(here.ring);
+      }
+    }
+    return here.ring.get();
+  }
+
+  void give_back(std::shared_ptr<Ring> ring) {
+    std::lock_guard guard(lock);
+    if (ring) spare_.push_back(std::move(ring));
+  }
+
+  void enter(Flight& flight) {
+    Ring* own = ring();
+    if (!own) return;
+    flight.ring = here.ring;
+    if ((flight.place = own->take_place())) {
+      int64_t* word = flight.place;
+      word[1] = ids(*own, flight);
+      word[2] = flight.number;
+      word[3] = flight.size;
+      word[4] = flight.step;
+      put(word + 5, 0);
+      put(word + 6, 0);
+      word[7] = flight.is_async || flight.is_message ? kAsync : 0;
+      put(word, flight.t0);
+    }
+    block(flight);
+  }
+
+  // This thread is in the collective.
+  void block(const Flight& flight) {
+    Ring* own = ring();
+    if (!own) return;
+    int64_t* word = own->words() + kBlockedWord;
+    put(word, 0);
+    word[1] = ids(*own, flight);
+    word[2] = flight.number;
+    word[3] = flight.size;
+    word[4] = flight.step;
+    put(word + 5, 0);
+    put(word, flight.t0);
+  }
+
+  void unblock(int64_t t) {
+    if (Ring* own = ring()) {
+      put(own->words() + kBlockedWord + 5, t);
+      put(own->words() + kBlockedWord, 0);
+    }
+  }
+
+  // The call has returned and left something to wait for.
+  void park(const FlightPtr& flight) {
+    here.last = flight;
+    if (here.scope) {
+      here.scope->push_back(flight);
+      return;
+    }
+    FlightPtr oldest;
+    {
+      std::lock_guard guard(lock);
+      parked_.push_back(flight);
+      if (parked_.size() > kMostParked) {
+        oldest = parked_.front();
+        parked_.erase(parked_.begin());
+      }
+    }
+    if (oldest) land(*oldest, oldest->t_return);
+  }
+
+  // The flight that somebody begins to wait for, now his; null for what was not seen or has landed.
+  template <typename Match>
+  FlightPtr claim(Match match) {
+    std::lock_guard guard(lock);
+    for (auto each = parked_.rbegin(); each != parked_.rend(); ++each) {
+      if (!match(**each)) continue;
+      FlightPtr found = *each;
+      parked_.erase(std::next(each).base());
+      return found;
+    }
+    return nullptr;
+  }
+
+  void begin_wait(Flight& flight, int64_t t) {
+    // Waited for at once by who issued it: that is what a blocking call does.
+    if (flight.is_message && here.last.get() == &flight) flight.is_async = false;
+    here.last = nullptr;
+    if (flight.is_async) flight.t_wait = t;
+    if (flight.place) put(flight.place + 5, t);
+    block(flight);
+  }
+
+  // Its end is known: write it.
+  void land(Flight& flight, int64_t t1) {
+    if (flight.place && get(flight.place) == flight.t0) put(flight.place, 0);
+    flight.place = nullptr;
+    Ring* own = ring();
+    if (!own) {
+      ++unrecorded;
+      return;
+    }
+    int64_t done = flight.done.load(std::memory_order_acquire);
+    // Who waits may be woken before the one who takes the time: it was completed by the end of the wait.
+    if (done && flight.t_wait != kNull) done = std::min(done, t1);
+    int64_t* slot = own->begin(kCollective);
+    slot[2] = flight.t0;
+    slot[3] = std::max(t1, flight.t0);
+    slot[4] = flight.step;
+    slot[5] = ids(*own, flight);
+    slot[6] = flight.number;
+    slot[7] = flight.size;
+    slot[8] = flight.t_wait;
+    slot[9] = done ? done : kNull;
+    slot[10] = own->intern(flight.dtype) | own->intern(flight.phase) << 32;
+    slot[11] = 0;
+    slot[12] = (flight.peer + 1) | (flight.is_async ? kAsync : 0) << 32;
+    own->finish(slot);
+    if (get(own->words() + kBlockedWord) == flight.t0) unblock(t1);
+  }
+
+  void drop(Flight& flight) {
+    if (flight.place && get(flight.place) == flight.t0) put(flight.place, 0);
+    flight.place = nullptr;
+    unblock(now());
+  }
+
+  // The scope in which C++ waited for all that it had issued is over.
+  void close_scope(std::vector<FlightPtr>& flights) {
+    for (auto& flight : flights) {
+      flight->is_async = false;
+      land(*flight, std::max(flight->t_return, flight->done.load()));
+    }
+    flights.clear();
+  }
+
+  // A backward pass has computed; what it issued is waited for now, in order, before the pass is left.
+  void mark_backward(int graph_task, int64_t t, bool left) {
+    std::lock_guard guard(lock);
+    for (auto& flight : parked_) {
+      if (flight->graph_task != graph_task) continue;
+      (left ? flight->backward_left : flight->backward_done) = t;
+      if (left && flight->completed) {
+        flight->over_in_backward = flight->done || flight->completed();
+        flight->completed = nullptr;
+      }
+      if (flight->place && !flight->done) put(flight->place + 5, left ? 0 : t);
+    }
+  }
+
+  // Once a step: write what nobody waits for any more, and what the step's all-to-alls gave to whom.
+  void sweep(bool all) {
+    std::vector<FlightPtr> landed, waiting;
+    {
+      std::lock_guard guard(lock);
+      for (auto& flight : parked_) {
+        const bool over = all || flight->over_in_backward || ++flight->sweeps >= kPatience;
+        (over ? landed : waiting).push_back(std::move(flight));
+      }
+      parked_.swap(waiting);
+    }
+    std::map<int, int64_t> reached;
+    for (auto& flight : landed) {
+      const int64_t done = flight->done;
+      if (!flight->over_in_backward) {
+        land(*flight, flight->is_async ? flight->t_return : std::max(flight->t_return, done));
+        continue;
+      }
+      const int64_t left = flight->backward_left;
+      int64_t& at = reached[flight->graph_task];
+      flight->t_wait = at = std::max({at, flight->backward_done, flight->t_return});
+      at = std::max(at, done ? std::min(done, left) : left);
+      if (!done) flight->done = left;
+      land(*flight, at);
+    }
+    record_given();
+  }
+
+  void close(bool clean) {
+    sweep(true);
+    std::lock_guard guard(lock);
+    for (auto& ring : rings_) put(ring->words() + kClosedWord, clean ? 1 : 0);
+  }
+
+ private:
+  int64_t ids(Ring& ring, const Flight& flight) { return ring.intern(flight.op) | ring.intern(flight.group) << 32; }
+
+  void record_given() {
+    static const std::string metric = "comm.given.bytes";
+    Ring* own = ring();
+    if (!own) return;
+    const int64_t t = now();
+    std::lock_guard guard(lock);
+    for (auto& [name, group] : groups_) {
+      if (group.given.empty() || !group.labels) continue;
+      own->vector(own->intern(&metric) | own->intern(group.labels) << 32, t, group.given_step, group.given.data(),
+                  group.given.size());
+      group.given.clear();
+    }
+  }
+
+  const std::string directory_;
+  std::unique_ptr<Mapping> main_;
+  std::unordered_map<std::string, Group> groups_;
+  std::unordered_set<std::string> texts_;
+  std::vector<const std::string*> phases_{nullptr};
+  int64_t strings_read_ = 0;
+  std::vector<FlightPtr> parked_;
+  std::vector<std::shared_ptr<Ring>> rings_, spare_;
+};
+
+inline Thread::~Thread() {
+  if (auto found = session.lock()) found->give_back(std::move(ring));
+}
+
+}  // namespace lens
