@@ -34,6 +34,7 @@ from lens.recorder import (
 from lens.slots import SLOT_BYTES, RingPart
 
 _WORD = struct.Struct("<q")
+_FLIGHTS = struct.Struct(f"<{FLIGHTS * FLIGHT_WORDS}q")
 _LENGTH = struct.Struct("<I")
 _LOW = (1 << 32) - 1
 _LAP_MARGIN = 64
@@ -150,11 +151,14 @@ class RingReader:
     def _flights(self) -> list[dict[str, Any]]:
         """Collectives entered and not completed, the first entered first: the native observer notes them all."""
         found = []
-        for place in range(FLIGHTS):
-            at = FLIGHTS_WORD + FLIGHT_WORDS * place
-            t0, ids, seq, size, step, waited_from, done, flags = (self._word(at + i) for i in range(FLIGHT_WORDS))
-            # Read before and after: a place that was given to another collective meanwhile tells of neither.
-            if t0 == 0 or done or self._word(at) != t0:
+        words = _FLIGHTS.unpack_from(self._map, FLIGHTS_WORD * 8)
+        for place in range(0, len(words), FLIGHT_WORDS):
+            t0 = words[place]
+            if not t0:
+                continue
+            _, ids, seq, size, step, waited_from, done, flags = words[place : place + FLIGHT_WORDS]
+            # Read again: a place that was given to another collective meanwhile tells of neither.
+            if done or self._word(FLIGHTS_WORD + place) != t0:
                 continue
             flight = self._collective(t0, ids, seq, size, step)
             if flags & 1:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lens.ring_reader import RingReader
-from lens.slots import PHASE, STEP, iter_records
+from lens.slots import COLLECTIVE, PHASE, STEP, iter_records
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(200)]
 TRAINING = """
@@ -139,6 +139,65 @@ def test_a_training_is_seen_left_and_seen_again_and_computes_what_it_would_have(
     training.stop.unlink()
     training.start(len(watched) - 1).communicate(timeout=100)
     assert training.lines() == watched
+
+
+RANKS = """
+import sys, time, torch, torch.distributed as dist
+from pathlib import Path
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(16, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+kernels = torch._C._dispatch_dump("c10d::allreduce_")
+stop = Path(sys.argv[1])
+ends = torch.zeros(1)
+while not ends:
+    model(torch.randn(4, 16)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ends = torch.tensor([float(stop.exists())])
+    dist.all_reduce(ends)
+    time.sleep(0.002)
+print("same kernels", kernels == torch._C._dispatch_dump("c10d::allreduce_"), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.usefixtures("observer_library")
+def test_what_c_plus_plus_sends_is_seen_from_the_attach_on(training: Training, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, training.stop],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=training.environment,
+    )  # fmt: skip
+    rings = training.folder / "rings"
+    time.sleep(1)
+    wait_for(lambda: len(training.lens("attach", "--check", "--all-ranks", str(process.pid))["processes"]) == 2)
+    words = ("--all-ranks", str(process.pid), "--server", "http://127.0.0.1:9", "--wait", "60")
+    reply = training.lens("attach", *words)
+    assert [found["state"] for found in reply["processes"]] == ["watching"] * 2, reply
+    time.sleep(1)
+    training.lens("detach", "--all-ranks", str(process.pid))
+    training.stop.touch()
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert said.split("\n")[:2] == ["same kernels True"] * 2
+    numbered = []
+    for main in rings.glob("*/*/main.ring"):
+        assert RingReader(main).about["collectives"] == "native"
+        (ring,) = main.parent.glob("native-*.ring")
+        part = RingReader(ring).poll()
+        calls = [record for record in iter_records(part) if record["type"] == COLLECTIVE] if part else []
+        reduced = {call["bytes"] for call in calls if call["name"] == "all_reduce"}
+        assert reduced == {4, (16 + 1) * 3 * 4}  # the reducer's bucket, and what the loop itself sends
+        numbers = [call["seq"] for call in calls]
+        assert sorted(numbers) == list(range(min(numbers), min(numbers) + len(numbers)))
+        numbered.append({call["seq"]: call["bytes"] for call in calls})
+    both = numbered[0].keys() & numbered[1].keys()
+    assert len(both) > 20
+    assert all(numbered[0][number] == numbered[1][number] for number in both)
 
 
 def test_what_cannot_be_attached_to_is_refused_with_a_fix(training: Training) -> None:

@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 
 import lens
-from lens.hooks.native import build
-from lens.hooks.native.libraries import LIBRARIES
 from lens.settings import Settings
 from tests.hooks.ringside import Recorded, read_rings
-
-
-@pytest.fixture(scope="session")
-def observer_library() -> None:
-    """The native observer, built for this torch."""
-    try:
-        build.build(LIBRARIES["observer"])
-    except build.BuildError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module", params=["native", "python"])
