@@ -30,7 +30,6 @@ from lens.tables import Tables
 PROPORTIONAL = {"compute"}
 """Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
 SAME_ONSET_STEPS = 5
-PROCESSOR_CAUSES = {"cpu_contention", "cpu_quota"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,6 @@ class Examiner:
         """Slower transfers at a step place, costliest first, but for those that a rank's own slowness explains."""
         own = self.verdicts(index)
         found = self.network.verdicts(index, self.load)
-        found = [link for link in found if not _in_no_process(link)]
         return [link for link in found if link.confirmed or not any(_explains(v, link) for v in own)]
 
     def _changed(self, index: int) -> list[Finding]:
@@ -369,11 +367,6 @@ def parts_of_step(frame: Frame) -> dict[str, Floats]:
 def confirmed(explained: Explained) -> bool:
     """Whether something besides the self time speaks for an explanation."""
     return any(gain >= 1 for gain in explained.gains.values())
-
-
-def _in_no_process(link: LinkVerdict) -> bool:
-    """Whether transfers are called slow for want of processor time of nobody in particular: a busy host's noise."""
-    return link.best.explained.cause in PROCESSOR_CAUSES and not link.best.place.rows
 
 
 def _explains(verdict: Verdict, link: LinkVerdict) -> bool:

@@ -30,12 +30,16 @@ HOT = 1.1
 HOT_STANDING = 1.25
 SLOWER = 1.04
 """Its own time must have grown by this factor against what the others' did."""
+STRAY_ERRORS = 3.0
+"""Standard errors that the growth must exceed besides: noise of a shared machine is correlated, so two are not enough."""
 WINDOW_STEPS = 10
 """Newest steps over which shares of experts are judged."""
 FEW_EXPERTS, MOST_TOKENS = 0.1, 0.5
 """A router has collapsed when this share of its experts gets that share of its tokens, in every layer."""
 LAYERS_COLLAPSED = 0.9
-DEAD_SHARE, DEAD_STEPS = 0.01, 20
+DEAD_SHARE, DEAD_STEPS, UNSETTLED_STEPS = 0.01, 20, 60
+"""An expert is dead with less than this share of the mean expert's tokens for so many steps; for more when it had hardly
+any before, since a router needs its first steps to find all of its experts."""
 DEAD_AMONG = 0.25
 """More experts than this dead in one layer are a collapse."""
 REST_MOVED = 0.05
@@ -100,8 +104,15 @@ class Experts:
         """Where an owner's share began to be high, its share before, and how far it rose; (0, 0, 0) where it did not."""
         onset, before, now = notices.begins(even, 3)
         noise = float(np.median(np.abs(np.diff(even)))) / np.sqrt(2) * 1.5
-        if onset and now >= HOT * max(before, 1e-9) and now >= HOT and now - before >= 2 * noise:
+        if (
+            onset >= policy.FIRST_JUDGED_STEPS
+            and now >= HOT * max(before, 1e-9)
+            and now >= HOT
+            and now - before >= 2 * noise
+        ):
             return onset, before, now - before
+        if len(even) < policy.STANDING_STEPS_CONFIRMED:
+            return 0, 0.0, 0.0
         level = float(even.mean())
         lows = [part.mean() for part in np.array_split(even, 4)]
         return (0, 1.0, level - 1) if level >= HOT_STANDING and min(lows) >= HOT else (0, 0.0, 0.0)
@@ -122,7 +133,7 @@ class Experts:
             base = mean(cells(compute, past, rows))
             rest = mean(cells(compute, after, others)) / mean(cells(compute, past, others))
             slower = float(np.nanmean(mean(mine) / base)) / max(1.0, float(np.nanmedian(rest)))
-        needed = SLOWER if not standing else 1 + 2 * (SLOWER - 1)
+        needed = 1 + 2 * (SLOWER - 1) if standing else SLOWER + _stray(compute, rows, others, past, after)
         if not slower >= needed:
             return None
         part = np.clip(1 - base / mean(mine), 0, 1)
@@ -206,6 +217,8 @@ class Experts:
         share = part[:, expert] / mean(part, axis=1)
         alive = np.flatnonzero(share >= DEAD_SHARE)
         onset = int(alive[-1]) + 1 if len(alive) else 0
+        if onset < DEAD_STEPS and len(steps) - onset < UNSETTLED_STEPS:
+            return None
         rest = _entropy(np.delete(part, expert, axis=1)[:, None, :])[:, 0]
         now = float(np.nanmean(rest[onset:]))
         before = float(np.nanmean(rest[:onset])) if onset else None
@@ -224,6 +237,16 @@ class Experts:
             f"layer{number}/expert{expert}",
             (("router_collapse", f"the entropy of the layer's other experts is {now:.2f}, as before"),),
         )  # fmt: skip
+
+
+def _stray(compute: Floats, rows: tuple[int, ...], others: Ints, past: Ints, after: Ints) -> float:
+    """How far the time of some ranks over that of others strays between two means by chance, as a factor less 1."""
+    parts = [mean(cells(compute, s, rows), axis=1) / mean(cells(compute, s, others), axis=1) for s in (past, after)]
+    known = [part[np.isfinite(part)] for part in parts]
+    if min(len(part) for part in known) < 2:
+        return float("inf")
+    error = np.sqrt(sum(float(part.var(ddof=1)) / len(part) for part in known))
+    return STRAY_ERRORS * float(error) / max(float(known[0].mean()), 1e-12)
 
 
 def _level(values: Floats, steps: Ints, rows: Ints) -> float:

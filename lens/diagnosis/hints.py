@@ -135,8 +135,8 @@ def of_processes(places: Places, signals: Signals, rows: Ints, before: Ints, aft
         for row in rows.tolist():
             now = signals.rate(metric, row, int(after[0]), int(after[-1]))
             usual = signals.rate(metric, row, int(before[0]), int(before[-1]))
-            if now is not None:
-                lost[row] = max(lost[row], (now - (usual or 0.0)) / max(0.5 * share, 0.02))
+            if now is not None and usual is not None:
+                lost[row] = max(lost[row], (now - usual) / max(0.5 * share, 0.02))
     says = np.clip(lost - float(np.median(lost[rows])) if len(rows) else lost, 0, 1)
     hints = np.zeros(len(places.places))
     single = np.bincount(places.behind_place, minlength=len(hints))[places.behind_place] == 1

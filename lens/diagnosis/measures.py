@@ -6,7 +6,7 @@ A measure's `level` says how far it moved on a scale where 1 is "as far as it wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ from lens.diagnosis.signals import Signals
 BIT_POWER_CAP, BIT_THERMAL, BIT_POWER_BRAKE = 0x4, 0x60, 0x80
 BEFORE_STEPS = 128
 MOST_PEERS = 64
+SCATTERS, BY_NATURE = 2.0, 0.5
+"""So many deviations of what the other ranks lose may be a rank's by chance; where its past is not known, it may always
+have lost this share more than they do."""
 ONSET_MARGIN_STEPS = 8
 """An onset in noise is found this many steps late at worst; samples taken there belong to neither side."""
 
@@ -185,27 +188,37 @@ def _bits(mask: int, title: str) -> Callable[[Scene], Measure]:
 
 
 def _stolen(metric: str, title: str) -> Callable[[Scene], Measure]:
-    """Seconds per second that a process could not run; level 1 when the growth explains half of the excess."""
+    """Seconds per second that a process could not run; level 1 when the growth explains half of the excess.
+
+    On a busy host every process loses some time, now more, now less: what the other ranks gained, and how far they
+    differ in it, does not count. Where there is no past, or nobody measured it, what the others lose stands for it.
+    """
 
     def make(scene: Scene) -> Measure:
-        def rate(rows: list[int] | tuple[int, ...], steps: Ints) -> float | None:
-            if not len(steps):
-                return None
+        def rates(rows: Iterable[int], steps: Ints) -> Floats:
             found = [scene.signals.rate(metric, row, *_bounds(steps)) for row in rows]
-            return finite_mean(np.array([value for value in found if value is not None]))
+            return np.array([np.nan if value is None else value for value in found])
 
-        before, after = rate(scene.rows, scene.before), rate(scene.rows, scene.after)
-        if after is None:
+        others = [int(row) for row in scene.others[:: max(1, len(scene.others) // MOST_PEERS)]]
+        before, after = finite_mean(rates(scene.rows, scene.before)), finite_mean(rates(scene.rows, scene.after))
+        gained = rates(others, scene.after) - (0.0 if before is None else rates(others, scene.before))
+        common = finite_median(gained)
+        if after is None or (before is None and common is None):
             return Measure(metric, title, "s/s", before, after, None)
-        like = [row for row in _like(scene) if row not in scene.rows]
-        peers_before, peers_after = rate(like, scene.before), rate(like, scene.after)
-        growth = after - (before if before is not None else peers_after or 0.0)
-        if before is not None and peers_before is not None and peers_after is not None:
-            growth -= max(0.0, peers_after - peers_before)
+        by_nature = 0.0 if before is not None else BY_NATURE * (common or 0.0)
+        own = after - (before or 0.0) - max(0.0, common or 0.0) - SCATTERS * (_scatter(gained) or 0.0) - by_nature
         share = scene.extra_s / scene.step_s
-        return Measure(metric, title, "s/s", before, after, _clip(growth / max(0.5 * share, 0.02)))
+        level = _clip(own / max(0.5 * share, 0.02))
+        return Measure(metric, title, "s/s", common if before is None else before, after, level)
 
     return make
+
+
+def _scatter(values: Floats) -> float | None:
+    """How far values lie from their middle: 1.48 median absolute deviations, a standard deviation of normal ones."""
+    middle = finite_median(values)
+    apart = None if middle is None else finite_median(np.abs(values - middle))
+    return None if apart is None else 1.4826 * apart
 
 
 def _like(scene: Scene) -> list[int]:

@@ -37,6 +37,7 @@ CONFIRMING = (
     "run_delay",
 )  # fmt: skip
 """Measures that do not come from the transfers themselves."""
+PROCESSOR_CAUSES = {"cpu_contention", "cpu_quota"}
 WEATHER = 1.5
 """Shared fabrics are slower for a while by some tens of percent: what slows everything, and what no counter confirms, must
 be more than that."""
@@ -245,13 +246,14 @@ class Network:
         unit = self._unit(before if len(before) else after)
         streams, effects = located.streams, located.effects
         pairs = self._pairs(located, seconds, before, after, index, load)
-        if not pairs:
+        if not pairs or _in_no_process(pairs[0]):
             return None
         best, rows = pairs[0], self._rows(pairs[0].place)
         gain = self._gain_of_rows(streams, effects, rows)
         confirmed = any(best.explained.gains.get(name, 0.0) >= 1 for name in CONFIRMING)
         share = gain / unit
-        bar = policy.CONFIRMED_BAR if confirmed else policy.UNCONFIRMED_BAR
+        signature = best.explained.signature
+        bar = signature.bar if confirmed and signature is not None else policy.UNCONFIRMED_BAR
         if share < bar * noise or share < policy.WORTH_KEEPING:
             return None
         longest = float(np.nanmax(effects.now[streams] / np.fmax(effects.usual[streams], 1e-12)))
@@ -336,6 +338,11 @@ class Network:
     def _unit(self, steps: Ints) -> float:
         known = self.usual[steps][np.isfinite(self.usual[steps])]
         return float(np.median(known)) if len(known) else float("nan")
+
+
+def _in_no_process(pair: Pair) -> bool:
+    """Whether transfers are slow for want of processor time of nobody in particular: a busy host's noise."""
+    return pair.explained.cause in PROCESSOR_CAUSES and not pair.place.rows
 
 
 def _window(before: Ints, after: Ints) -> Window:

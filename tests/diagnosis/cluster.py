@@ -372,13 +372,12 @@ class _Simulation:
             devices = self.writer.codes(c._device(r) for r in range(c.ranks))
             times = self.stamp(np.full(c.ranks, self.next_second - 1.0))
             self.fabric.sample(self.writer, step, times)
-            delay = self.next_second * 0.2 * np.ones(c.ranks)
             for metric, values in (
                 ("gpu.clock.sm", clock + self.random.normal(0, 5, c.ranks)),
                 ("gpu.throttle.reasons", reasons),
                 ("hw.temperature", heat + self.random.normal(0, 1, c.ranks)),
                 ("hw.power", power + self.random.normal(0, 10, c.ranks)),
-                ("process.cpu.run_delay", delay),
+                ("process.cpu.run_delay", self.fabric.delayed),
                 ("process.memory.usage", memory),
             ):
                 self.writer.add(

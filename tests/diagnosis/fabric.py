@@ -36,6 +36,9 @@ class Fabric:
         zero = np.zeros(len(self.names))
         self.sent, self.waited, self.told, self.again = zero.copy(), zero.copy(), zero.copy(), zero.copy()
         self.card_errors, self.throttled = np.zeros(cluster.ranks), np.zeros(cluster.ranks)
+        # Share of the time that each process is kept off the processors; some always lose more than others.
+        self.kept_off = np.random.default_rng([cluster.seed, 19]).uniform(0.1, 0.25, cluster.ranks)
+        self.delayed = np.zeros(cluster.ranks)
 
     def port(self, rank: int) -> str | None:
         """The port a rank sends through: its own, or its host's only one."""
@@ -67,6 +70,7 @@ class Fabric:
     def passed(self, step: int, seconds: float) -> None:
         """Let the counters grow over a step."""
         self.waited += 0.002 * seconds
+        self.delayed += self.kept_off * seconds
         self.told += self.random.poisson(0.2, len(self.names))
         for fault in self.cluster.faults:
             if not fault.active(step):

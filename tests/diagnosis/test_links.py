@@ -77,6 +77,12 @@ def test_look_alikes_are_told_apart(link: Fault, other: Fault, causes: set[str])
     assert [ranks for _, ranks in found] == [[5], [5]]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_process_that_loses_no_more_time_than_ever_is_not_what_slows_its_transfers(seed: int) -> None:
+    cluster = Cluster(ranks=4, hosts=2, ep=2, seed=seed, faults=(Fault("link", (seed % 4,), 12, 6.0),))
+    assert "cpu_contention" not in {item["cause"] for item in verdict(cluster)["hypotheses"]}
+
+
 def test_hot_experts_are_no_slow_link() -> None:
     reply = verdict(wide(Fault("hot_expert", (3, 11), 40, 1.6), ports="rank"))
     assert first(reply) == ("hot_expert", [3, 11])
