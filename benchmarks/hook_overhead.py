@@ -5,7 +5,10 @@ which makes every call several times dearer than in a loop of its own. Both numb
 how, is in `benchmarks/cadence.py`: blocks of steps with and without lens take turns, the medians are subtracted, so
 that neither the clock nor the plain calls count.
 
-    python benchmarks/hook_overhead.py [--quick] [--json]
+    python benchmarks/hook_overhead.py [--quick] [--json] [--python]
+
+It measures what is recorded with: what `lens doctor --build` has compiled, or Python where that is not there or
+``--python`` says so.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lens
 from benchmarks.cadence import TrainingStep, clock
+from lens.hooks import native
 from lens.ring_reader import RingReader
 from lens.settings import Settings
 from lens.slots import STEP, iter_records
@@ -41,6 +46,7 @@ PEERS = {"trackio": "trackio", "traceml": "traceml_ai"}
 COLLECTIVES = (11, 60)
 ROUTERS = 4
 BLOCK_STEPS = 10
+_native = True
 BEYOND = ("log of two values", "routers")
 """Edges that are the training's own calls into lens, or depend on its model: told apart, not part of the sum."""
 
@@ -48,13 +54,18 @@ BEYOND = ("log of two values", "routers")
 @contextlib.contextmanager
 def watching(step: TrainingStep | None, rings: Path) -> Iterator[None]:
     """lens in its default mode, its ring in shared memory as always."""
-    settings = Settings.load({}, rings=rings, agent=False)
+    settings = Settings.load({}, rings=rings, agent=False, native=tier() == "native")
     model, optimizer = (step.network, step.optimizer) if step else (None, None)
     lens.watch(model, optimizer, run="bench", settings=settings)
     try:
         yield
     finally:
         lens.detach()
+
+
+def tier() -> str:
+    """Who records: what is compiled, or Python."""
+    return "native" if _native and native.complete() else "python"
 
 
 class Measured:
@@ -205,6 +216,8 @@ def measure(quick: bool) -> dict[str, Any]:
     """All keys of this benchmark, with the sizes they were measured at."""
     blocks, steps, loops = (8, 60, 20_000) if quick else (40, 400, 200_000)
     torch.set_num_threads(1)
+    # In Python a fake has a `wait` of its own; works of real backends have the one of their base class.
+    del FakeWork.wait
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     folder = Path(tempfile.mkdtemp(prefix="lens-bench-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     rings = folder / "rings"
@@ -217,7 +230,7 @@ def measure(quick: bool) -> dict[str, Any]:
         return {
             "host_us_per_step_11": few.host_us,
             "host_us_per_step_60": many.host_us,
-            "tier": "python",
+            "tier": tier(),
             "ns_per_event": back_to_back(loops, rings),
             "ns_per_event_at_cadence": extra * 1000,
             "reported_us_per_step_11": few.reported_us,
@@ -279,7 +292,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--python", action="store_true", help="the recorder in Python, whatever is compiled")
     options = parser.parse_args()
+    global _native
+    _native = not options.python
     found = measure(options.quick)
     print(f"{found['step_ms']:.1f} ms a step, one thread, recorder: {found['tier']}\n")
     for label, key, unit in ROWS:

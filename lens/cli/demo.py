@@ -279,8 +279,8 @@ def _build(demo: _Demo) -> None:
     from lens.hooks import native
     from lens.hooks.native.build import compiler
 
-    if demo.settings.native and compiler() and not native.built("observer"):
-        demo.say("compiling what sees every collective, once for this torch (about a minute) …")
+    if demo.settings.native and compiler() and not native.complete():
+        demo.say("compiling what records in the training, once for this torch (about a minute) …")
         subprocess.run(
             [sys.executable, "-m", "lens.hooks.native.build"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

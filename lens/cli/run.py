@@ -108,7 +108,7 @@ def _start_build(settings: Settings) -> None:
     from lens.collectors.building import start_build
     from lens.hooks import native
 
-    if settings.native and native.torch_identity() and not native.built("observer"):
+    if settings.native and native.torch_identity() and not native.complete():
         start_build(sys.executable)
 
 

@@ -32,7 +32,7 @@ class RootForward(StandIn):
         if self._compiling():
             return self._original(*args, **kwargs)
         timeline = self._timeline
-        if not timeline.enter(self._forward if self._training() else self._eval, found=True):
+        if not timeline.enter(self._forward if self._training() else self._eval, NULL, True):
             return self._original(*args, **kwargs)
         result = self._original(*args, **kwargs)
         timeline.leave()
@@ -57,7 +57,7 @@ def watch_backward(timeline: Timeline) -> None:
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not timeline.enter(backward, found=True):
+        if compiling() or not timeline.enter(backward, NULL, True):
             return original(*args, **kwargs)
         result = original(*args, **kwargs)
         timeline.leave()
@@ -97,7 +97,7 @@ def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[],
     def before(*_: Any) -> None:
         nonlocal began
         if not compiling():
-            began = timeline.enter(name, found=True)
+            began = timeline.enter(name, NULL, True)
 
     def after(*_: Any) -> None:
         if compiling():

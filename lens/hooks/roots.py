@@ -93,7 +93,7 @@ def watch_every_optimizer(
     def before(*_: Any) -> None:
         nonlocal began
         if not compiling():
-            began = timeline.enter(name, found=True)
+            began = timeline.enter(name, NULL, True)
 
     def after(optimizer: Any, *_: Any) -> None:
         nonlocal began, ending, arrive

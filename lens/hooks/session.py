@@ -16,7 +16,7 @@ from lens.hooks.guard import Part
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
 from lens.hooks.roots import RootSearch, watch_every_optimizer
-from lens.hooks.timeline import Phase, Timeline
+from lens.hooks.timeline import Phase, timeline_of
 from lens.hooks.values import Values
 from lens.recorder import Recorder
 from lens.settings import Settings
@@ -36,7 +36,7 @@ class Session:
 
     def __init__(self, settings: Settings, about: Mapping[str, Any], kinds: Kinds) -> None:
         self.recorder = Recorder.create(settings, about)
-        self.timeline = Timeline(self.recorder)
+        self.timeline = timeline_of(self.recorder, settings.native)
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
         self.observer = Observer(self.recorder, self.timeline, kinds)
@@ -84,12 +84,14 @@ class Session:
         if torch is None or not torch.distributed.is_available():
             return
         # One of the two sees a collective, never both.
-        if self._native and self.observer.install():
-            self.recorder.describe(collectives="native")
-            return
-        self.collectives.install()
-        self._awaits_native = self._native
-        self.recorder.describe(collectives="python", lacks_native=sys.executable if self._native else None)
+        sees_all = self._native and self.observer.install()
+        if not sees_all:
+            self.collectives.install()
+            self._awaits_native = self._native
+        lacks = self._native and not (sees_all and native.complete())
+        self.recorder.describe(
+            collectives="native" if sees_all else "python", lacks_native=sys.executable if lacks else None
+        )
 
     def know_groups(self, kinds: Kinds) -> None:
         """The person has said which groups are of which kind."""

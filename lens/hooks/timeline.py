@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from lens.hooks import native
 from lens.hooks.guard import Part
 from lens.recorder import OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
 from lens.slots import NULL, PHASE
@@ -23,6 +24,7 @@ _this_thread = threading.get_ident
 _OPEN_T0, _OPEN_NAME, _OPEN_STEP = range(OPEN_PHASE_WORD, OPEN_PHASE_WORD + 3)
 _STEP_T0, _STEP_NUMBER, _STEP_T1 = range(OPEN_STEP_WORD, OPEN_STEP_WORD + 3)
 _NO_ATTRIBUTES = (NULL, NULL, NULL)
+_PART = "steps and phases"
 
 
 def _word(value: int | None) -> int:
@@ -35,6 +37,18 @@ class _Outer(NamedTuple):
     name: int
     micro_batch: int
     by_hand: bool
+
+
+def timeline_of(recorder: Recorder, compiled: bool) -> Timeline:
+    """The timeline of the calling thread: in C where that may be and is built for this Python, else in Python."""
+    loaded = native.load("timeline") if compiled else None
+    if loaded is not None:
+        try:
+            return cast(Timeline, loaded.Timeline(recorder, Part(_PART)))
+        except Exception:
+            # A recorder that is not laid out as it was built for.
+            return Timeline(recorder)
+    return Timeline(recorder)
 
 
 class Timeline:
@@ -71,7 +85,7 @@ class Timeline:
     )
 
     def __init__(self, recorder: Recorder) -> None:
-        self.part = Part("steps and phases")
+        self.part = Part(_PART)
         self.step = NULL
         self.step_t0 = 0
         self.phase = 0

@@ -13,10 +13,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lens
+from lens.hooks import native
 from tests.hooks.ringside import Recorded
 
 Watch = Callable[..., None]
 Read = Callable[[], Recorded]
+
+
+@pytest.fixture(autouse=True, params=["native", "python"])
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who records: C or Python."""
+    if request.param == "native":
+        request.getfixturevalue("timeline_library")
+    else:
+        monkeypatch.setattr(native, "load", lambda name: None)
 
 
 def names(recorded: Recorded, step: int | None) -> list[str]:

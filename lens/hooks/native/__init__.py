@@ -15,7 +15,7 @@ from typing import Any
 from lens.hooks.native import cache
 from lens.hooks.native.libraries import LIBRARIES, torch_identity
 
-__all__ = ["built", "load", "torch_identity"]
+__all__ = ["built", "complete", "load", "torch_identity"]
 
 
 def built(name: str) -> Path | None:
@@ -25,6 +25,11 @@ def built(name: str) -> Path | None:
         return cache.find(file_name) if file_name else None
     except (OSError, cache.CacheError):
         return None
+
+
+def complete() -> bool:
+    """Whether all that can be built is built."""
+    return all(built(name) for name in LIBRARIES)
 
 
 def load(name: str) -> Any | None:

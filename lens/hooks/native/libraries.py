@@ -54,6 +54,13 @@ LIBRARIES = {
             "collectives of every caller are seen",
             "collectives of DDP, FSDP2, DTensor and functional ones are not seen",
         ),
+        Library(
+            "timeline",
+            ("timeline.cpp",),
+            False,
+            "steps and phases are recorded in C",
+            "steps and phases are recorded in Python, which costs the training more",
+        ),
     )
 }
 

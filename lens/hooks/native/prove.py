@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lens.hooks.guard import Part
+from lens.hooks.native.libraries import LIBRARIES
 from lens.recorder import Recorder
 from lens.ring_reader import RingReader
 from lens.settings import Settings
@@ -49,7 +51,30 @@ def prove_observer(observer: Any) -> None:
         raise SystemExit(f"recorded {seen}, not {expected}")
 
 
-PROOFS: dict[str, Callable[[Any], None]] = {"observer": prove_observer}
+def prove_timeline(timeline: Any) -> None:
+    """A step with a phase inside another: what the ring holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder.create(Settings.load({}, rings=Path(folder) / "rings", ring_mib=1, host="proof"), {})
+        line = timeline.Timeline(recorder, Part("proof"))
+        line.begin_step(7, 100, None, None)
+        line.enter(line.phase_id("forward"), 1)
+        line.enter(line.phase_id("h2d"))
+        line.leave()
+        line.leave()
+        line.end_step()
+        part = RingReader(recorder.path).poll()
+        records = list(iter_records(part)) if part else []
+        recorder.close()
+    seen = [
+        (record.get("name"), record["step"], record["micro_batch" if "name" in record else "tokens"])
+        for record in records
+    ]
+    expected = [("forward", 7, 1), ("h2d", 7, None), ("forward", 7, 1), (None, 7, 100)]
+    if seen != expected:
+        raise SystemExit(f"recorded {seen}, not {expected}")
+
+
+PROOFS: dict[str, Callable[[Any], None]] = {"observer": prove_observer, "timeline": prove_timeline}
 
 
 def main(name: str, path: str) -> None:
@@ -58,7 +83,7 @@ def main(name: str, path: str) -> None:
     assert spec is not None
     assert spec.loader is not None
     # torch first: the library finds torch's symbols in what is loaded.
-    importlib.import_module("torch") if name == "observer" else None
+    importlib.import_module("torch") if LIBRARIES[name].torch else None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     PROOFS[name](module)
