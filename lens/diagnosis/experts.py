@@ -31,7 +31,7 @@ HOT_STANDING = 1.25
 SLOWER = 1.04
 """Its own time must have grown by this factor against what the others' did."""
 STRAY_ERRORS = 3.0
-"""Standard errors that the growth must exceed besides: noise of a shared machine is correlated, so two are not enough."""
+"""Standard errors that the growth must exceed: noise of a shared machine is correlated, so two are not enough."""
 WINDOW_STEPS = 10
 """Newest steps over which shares of experts are judged."""
 FEW_EXPERTS, MOST_TOKENS = 0.1, 0.5
@@ -133,8 +133,8 @@ class Experts:
             base = mean(cells(compute, past, rows))
             rest = mean(cells(compute, after, others)) / mean(cells(compute, past, others))
             slower = float(np.nanmean(mean(mine) / base)) / max(1.0, float(np.nanmedian(rest)))
-        needed = 1 + 2 * (SLOWER - 1) if standing else SLOWER + _stray(compute, rows, others, past, after)
-        if not slower >= needed:
+        needed = SLOWER if not standing else 1 + 2 * (SLOWER - 1)
+        if not slower >= needed or not (standing or _no_chance(compute, rows, others, past, after)):
             return None
         part = np.clip(1 - base / mean(mine), 0, 1)
         extra = np.zeros((len(after), compute.shape[1]))
@@ -239,14 +239,17 @@ class Experts:
         )  # fmt: skip
 
 
-def _stray(compute: Floats, rows: tuple[int, ...], others: Ints, past: Ints, after: Ints) -> float:
-    """How far the time of some ranks over that of others strays between two means by chance, as a factor less 1."""
-    parts = [mean(cells(compute, s, rows), axis=1) / mean(cells(compute, s, others), axis=1) for s in (past, after)]
-    known = [part[np.isfinite(part)] for part in parts]
+def _no_chance(compute: Floats, rows: tuple[int, ...], others: Ints, past: Ints, after: Ints) -> bool:
+    """Whether the time of some ranks over that of others rose by more than its means stray."""
+    over = [
+        np.log(mean(cells(compute, s, rows), axis=1) / mean(cells(compute, s, others), axis=1))
+        for s in (past, after)
+    ]
+    known = [part[np.isfinite(part)] for part in over]
     if min(len(part) for part in known) < 2:
-        return float("inf")
+        return False
     error = np.sqrt(sum(float(part.var(ddof=1)) / len(part) for part in known))
-    return STRAY_ERRORS * float(error) / max(float(known[0].mean()), 1e-12)
+    return bool(known[1].mean() - known[0].mean() > STRAY_ERRORS * error)
 
 
 def _level(values: Floats, steps: Ints, rows: Ints) -> float:
