@@ -50,6 +50,8 @@ DRAIN_PATIENCE_S = 60.0
 VERDICT_PATIENCE_S = 60.0
 SHIP_S = 0.25
 LINGER_S = 3600.0
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""A polite kill and a closed terminal end everything too, like Ctrl-C, which a shell's background job would ignore."""
 """The demo ends its agents itself: ranks on a cold, busy machine load torch for longer than an agent would wait."""
 
 
@@ -211,16 +213,18 @@ def run(arguments: argparse.Namespace) -> int:
     data = settings.data.resolve()
     rings = private_directory(default_rings()) / f"demo-{os.getpid()}"
     demo = _Demo(Settings.load(data=data), new_run_id(), rings, arguments.port, arguments.json)
-    # A kill that asks politely ends everything too, like Ctrl-C, which a shell's background job would ignore.
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in ENDING:
+        signal.signal(number, _interrupt)
     try:
         return _run(demo, arguments)
     except KeyboardInterrupt:
-        demo.say("\nstopping: trainer, agents, server")
+        # With its terminal gone there is nobody to tell.
+        with contextlib.suppress(OSError):
+            demo.say("\nstopping: trainer, agents, server")
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
         demo.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

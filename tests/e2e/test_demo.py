@@ -63,6 +63,14 @@ def test_a_run_is_seen_live_and_ctrl_c_leaves_nothing(start_demo: Start) -> None
     assert left == []
 
 
+def test_a_closed_terminal_leaves_nothing_either(start_demo: Start) -> None:
+    demo = start_demo("--steps", "100000")
+    demo.wait_for_step(1)
+    demo.process.send_signal(signal.SIGHUP)
+    demo.process.communicate(timeout=90)
+    assert demo.family() == {}
+
+
 def test_everything_a_killed_rank_had_written_is_stored_and_it_is_named(start_demo: Start) -> None:
     demo = start_demo("--steps", "100000", "--exit", "--json")
     demo.wait_for_step(40)
@@ -95,7 +103,7 @@ def test_a_slow_device_is_named_with_its_cost(start_demo: Start) -> None:
     assert reply["trainer_exit_code"] == 0
 
 
-def test_a_server_that_is_killed_mid_run_loses_and_doubles_nothing(start_demo: Start) -> None:
+def test_a_server_that_stands_still_for_a_while_loses_and_doubles_nothing(start_demo: Start) -> None:
     demo = start_demo("--steps", "300", "--exit", "--json")
     demo.wait_for_step(40)
     tables_before = demo.get("/api/v1/runs")["runs"][0]
