@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lens.diagnosis import exits, hangs, link_report, notice_report, notices, numerics, policy, report
+from lens.diagnosis import exits, hang_report, hangs, link_report, notice_report, notices, numerics, policy, report
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
 from lens.diagnosis.judge import Judge
@@ -59,14 +59,26 @@ def _fatal(examiner: Examiner, index: int) -> list[list[Hypothesis]]:
     """What ended or stopped the run."""
     ended = exits.ends(examiner.tables, examiner.timeline, index)
     hang = hangs.find(examiner.tables, examiner.topology, examiner.frame.duration, ended)
-    found = [report.of_end(examiner, end, victims, hang is not None) for end, victims in _by_attempt(ended)]
+    found = [_end(examiner, end, victims, hang is not None) for end, victims in _by_attempt(ended)]
     known_dead = {end.rank for end in ended}
     if hang is not None and not (hang.cause == "rank_dead" and set(hang.ranks) & known_dead):
-        found.append(report.of_hang(examiner, hang))
+        found.append(hang_report.of_hang(examiner, hang))
     origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
     if origin is not None:
         found.append(report.of_origin(examiner, origin))
     return found
+
+
+def _end(examiner: Examiner, end: End, victims: list[End], hung: bool) -> list[Hypothesis]:
+    """A process that ended with an error; before it, the rank whose other call ended it."""
+    told = report.of_end(examiner, end, victims, hung)
+    if end.restarted or end.memory or end.worker:
+        return told
+    ended = {end.rank, *(victim.rank for victim in victims)}
+    parted = hangs.parted(examiner.tables, examiner.topology, end, ended)
+    if parted is None:
+        return told
+    return [*hang_report.of_hang(examiner, parted), {**told[0], "confidence": round(1 - told[0]["confidence"], 3)}]
 
 
 def _by_attempt(ended: list[End]) -> Iterable[tuple[End, list[End]]]:

@@ -58,6 +58,12 @@ STANDING_EFFECT_CONFIRMED = 0.08
 HANG_STEPS = 10.0
 HANG_SECONDS = 5.0
 """`hung` needs no progress for the larger of 10 × p99 step and 5 s; twice that inside slow phases."""
+HANG_SECONDS_AT_START = 30.0
+"""The first steps compile, connect and load for longer than any later one: nothing is known of their length."""
+HANG_SLOW_PHASES = 3.0
+"""Inside a slow phase, also three times the longest such phase so far is waited for …"""
+HANG_AT_WORK = 10.0
+"""… and this many times as long while the process inside it uses a processor."""
 SLOW_PHASES = ("checkpoint", "eval", "compile", "recompile")
 
 REPLAY_PIECES = 300_000

@@ -10,7 +10,6 @@ import numpy as np
 
 from lens.diagnosis.examine import Examiner, Verdict
 from lens.diagnosis.exits import End
-from lens.diagnosis.hangs import Hang
 from lens.diagnosis.measures import Measure
 from lens.diagnosis.numerics import Origin
 from lens.diagnosis.signatures import UNEXPLAINED_ADVICE, UNMOVED, Explained
@@ -98,7 +97,7 @@ def of_end(examiner: Examiner, end: End, victims: list[End], hung: bool) -> list
     if others:
         against = [{
             "cause": "rank_dead",
-            "because": f"{named(others)} ended {_ago((min(v.t_ns for v in victims) - end.t_ns) * 1e-9)} later, as a "
+            "because": f"{named(others)} ended {_ago(max(0, min(v.t_ns for v in victims) - end.t_ns) * 1e-9)} later, as a "
             f"consequence: {victims[0].manner}",
         }]  # fmt: skip
     step = _last_step_of(examiner, end.rank)
@@ -170,44 +169,6 @@ def of_origin(examiner: Examiner, origin: Origin) -> list[Hypothesis]:
             against=against,
             recommendation=text + "Stop the run and go back to the last checkpoint before that step; check that rank's "
             "input batch and its device's memory errors, and log per-layer maxima.",
-        )
-    ]  # fmt: skip
-
-
-def of_hang(examiner: Examiner, hang: Hang) -> list[Hypothesis]:
-    """Why nothing moves any more."""
-    ranks = list(hang.ranks)
-    place = f"{hang.op or 'collective'} {hang.seq if hang.seq is not None else ''} of {hang.group}".replace(
-        "  ", " "
-    )
-    waiting = f"{named(list(hang.waiting)).capitalize()} wait{'s' if len(hang.waiting) == 1 else ''} in {place}"
-    text = {
-        "rank_dead": f"{named(ranks).capitalize()} fell silent; ",
-        "rank_stuck": f"{named(ranks).capitalize()} never entered it (state {hang.state or 'unknown'}); ",
-        "process_stopped": f"The process of {named(ranks)} is stopped; ",
-        "collective_mismatch": f"{named(ranks).capitalize()} called {place} while the others called something else; ",
-        "unexplained": "All known ranks entered it and nobody left; ",
-    }[hang.cause]
-    advice = {
-        "rank_dead": "Look at that process and its host, then restart from the last checkpoint.",
-        "rank_stuck": "Take that process's stack (py-spy dump) and look at what it does instead.",
-        "process_stopped": "Continue it (SIGCONT) or find out who stopped it.",
-        "collective_mismatch": "Look for a branch that some ranks take and others do not.",
-        "unexplained": "Look at the network and at ranks that send no records.",
-    }[hang.cause]
-    steps = examiner.timeline.steps
-    lead = f"No progress for {hang.quiet_s:.0f} s. {waiting + '. ' if hang.waiting else ''}"
-    return [
-        hypothesis(
-            hang.cause, ranks, severity="error", groups=[hang.group] if hang.group else [],
-            component=examiner.topology.component(ranks) if ranks else None,
-            confidence=0.4 if hang.cause == "unexplained" else 0.9 if len(ranks) == 1 else 0.7,
-            onset_step=int(steps[-1]) if len(steps) else None,
-            evidence=[{
-                "metric": "heartbeat", "ranks": list(hang.waiting), "baseline": None,
-                "observed": rounded(hang.quiet_s, 3), "effect": None,
-            }],
-            recommendation=lead + text + advice,
         )
     ]  # fmt: skip
 

@@ -68,8 +68,9 @@ class Topology:
             )
             if missing
         )
-        members = _declared_groups(run) if run.get("groups") else _groups_seen(tables)
-        stage = _stages(ranks, members, run.get("groups") or {})
+        declared_groups = _declared_groups(run) if run.get("groups") else {}
+        stage = _stages(ranks, declared_groups)
+        members = {**_groups_seen(tables, declared_groups), **declared_groups}
         vendor, model = [_text(a, "vendor") for a in about], [_text(a, "model") for a in about]
         kinds = {key: number for number, key in enumerate(sorted(set(_kind_keys(stage, vendor, model))))}
         kind = np.array([kinds[key] for key in _kind_keys(stage, vendor, model)], np.int64)
@@ -126,9 +127,11 @@ class Topology:
     def members_of(self, group: str) -> tuple[int, ...]:
         """Global ranks of a group, those of point to point ("pp/0:3-7") read from its name; () when unknown."""
         known = self.members.get(group)
-        pair = POINT_TO_POINT.fullmatch(group)
+        pair, listed = POINT_TO_POINT.fullmatch(group), LISTED.fullmatch(group)
         if pair:
             return int(pair[1]), int(pair[2])
+        if listed:
+            return tuple(int(rank) for rank in listed[1].split(","))
         return known or ()
 
     def groups_of(self, rank: int, kind: str) -> list[tuple[int, ...]]:
@@ -151,6 +154,7 @@ PRE_REDUCED = ("step.duration", "phase.duration", "comm.self", "comm.wait", "com
 
 
 POINT_TO_POINT = re.compile(r"[^:]+:(\d+)-(\d+)")
+LISTED = re.compile(r"ranks/(\d+(?:,\d+)*)(?:#\d+)?")
 
 
 def _ports(about: list[Mapping[str, Any]], host: list[str | None]) -> list[str | None]:
@@ -192,9 +196,11 @@ def _declared_groups(run: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _groups_seen(tables: Tables) -> dict[str, tuple[int, ...]]:
+def _groups_seen(tables: Tables, declared: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Groups that were not declared, by who was seen in them."""
     table = tables.collectives
-    borne = (table["group"] >= 0) & (table["rank"] >= 0)
+    borne = (table["rank"] >= 0) & (table["group"] >= 0)
+    borne &= ~np.isin(table["group"], [tables.code(name) for name in declared])
     if not borne.any():
         return {}
     group, rank = table["group"][borne], table["rank"][borne]
@@ -207,11 +213,11 @@ def _groups_seen(tables: Tables) -> dict[str, tuple[int, ...]]:
     return {name: tuple(members[name]) for name in sorted(members)}
 
 
-def _stages(ranks: Ints, members: Mapping[str, tuple[int, ...]], declared: Mapping[str, Any]) -> list[int | None]:
-    """Position of each rank in its pipeline; None without one. Seen point-to-point groups give no positions."""
+def _stages(ranks: Ints, declared: Mapping[str, tuple[int, ...]]) -> list[int | None]:
+    """Position of each rank in its pipeline; None without one."""
     stage: dict[int, int] = {}
-    for name, group in members.items():
-        if name.split("/")[0] == "pp" and "pp" in declared:
+    for name, group in declared.items():
+        if name.split("/")[0] == "pp":
             stage.update({rank: position for position, rank in enumerate(group)})
     return [stage.get(int(rank)) for rank in ranks]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 from cluster import Cluster, Fault
-from helpers import before_step, collective, end_s, event, first, joined, step_span, verdict
+from helpers import end_s, event, first, joined, verdict
 
 from lens.diagnosis import diagnose
 from lens.tables import Tables
@@ -105,78 +104,3 @@ def test_a_loss_scaler_that_skips_steps_is_healthy() -> None:
         for rank in range(4)
     ]  # fmt: skip
     assert judged(*spikes)["status"] == "healthy"
-
-
-def hanging(seconds: float, states: dict[int, str], waiting: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ranks in step 60: some wait in a collective, all send heartbeats for so many seconds."""
-    records = [step_span(rank, 60, END + 0.001, None) for rank in states]
-    records += [collective(rank, END + 0.01, None, step=60, **about) for rank, about in waiting.items()]
-    for rank, second in itertools.product(states, range(int(seconds) + 1)):
-        records.append(event("heartbeat", END + second, rank, state=states[rank], step=60))
-    return records
-
-
-WAITING = dict.fromkeys(range(4), "collective")
-
-
-def test_a_rank_that_never_enters_is_stuck_and_those_that_wait_are_not_blamed() -> None:
-    records = hanging(8, {**WAITING, 1: "running"}, {r: {"seq": 900, "group": "world/0"} for r in (0, 2, 3)})
-    reply = judged(*records)
-    assert reply["status"] == "hung"
-    assert first(reply) == ("rank_stuck", [1])
-    assert reply["hypotheses"][0]["groups"] == ["world/0"]
-
-
-def test_waiting_for_less_than_the_limit_is_no_hang() -> None:
-    records = hanging(4, {**WAITING, 1: "running"}, {r: {"seq": 900, "group": "world/0"} for r in (0, 2, 3)})
-    assert judged(*records)["status"] == "healthy"
-
-
-def test_a_hang_is_followed_through_groups_to_the_rank_nobody_waits_behind() -> None:
-    waiting = {0: {"seq": 70, "group": "ep/0", "op": "all_to_all"}, 2: {"seq": 80, "group": "dp/0"}}
-    waiting[3] = {"seq": 70, "group": "ep/1", "op": "all_to_all"}
-    reply = judged(*hanging(9, {**WAITING, 1: "running"}, waiting))
-    assert first(reply) == ("rank_stuck", [1])
-
-
-def test_a_rank_that_calls_something_else_is_a_mismatch() -> None:
-    waiting = {r: {"seq": 900, "group": "world/0"} for r in range(4)}
-    waiting[2] = {"seq": 900, "group": "world/0", "op": "broadcast"}
-    reply = judged(*hanging(9, WAITING, waiting))
-    assert reply["status"] == "hung"
-    assert first(reply) == ("collective_mismatch", [2])
-
-
-def test_a_silent_rank_is_dead() -> None:
-    records = hanging(12, {0: "collective", 1: "collective", 3: "collective"}, {
-        r: {"seq": 900, "group": "world/0"} for r in (0, 1, 3)
-    })  # fmt: skip
-    reply = judged(*records, event("heartbeat", END, 2, state="running", step=59))
-    assert reply["status"] == "hung"
-    assert first(reply) == ("rank_dead", [2])
-
-
-def test_a_long_checkpoint_is_no_hang() -> None:
-    saving = [
-        {
-            "type": "span", "kind": "phase", "name": "checkpoint", "rank": 1, "step": 60, "t0_ns": record["t0_ns"],
-            "t1_ns": None,
-        }
-        for record in [collective(1, END + 0.01, None, 1)]
-    ]  # fmt: skip
-    records = hanging(8, {**WAITING, 1: "running"}, {r: {"seq": 900, "group": "world/0"} for r in (0, 2, 3)})
-    assert judged(*records, *saving)["status"] == "healthy"
-
-
-def test_a_rank_that_stopped_sending_while_others_wait_in_a_collective_is_found_without_events() -> None:
-    tables = before_step(TABLES, 3, 50)
-    kept = tables.select("steps", (tables.steps["step"] < 50))
-    tables.steps = kept
-    tables.collectives = tables.select("collectives", tables.collectives["step"] < 50)
-    tables.spans = tables.select("spans", tables.spans["step"] < 50)
-    cut = end_s(tables)
-    records = [collective(r, cut + 0.01, None, 5000, step=50) for r in range(3)]
-    records += [event("heartbeat", cut + s, r, state="collective", step=50) for r in range(3) for s in range(12)]
-    reply = diagnose(RUN.run(), joined(tables, *records))
-    assert reply["status"] == "hung"
-    assert reply["hypotheses"][0]["ranks"] == [3]

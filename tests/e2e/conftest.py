@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Demo
+from tests.e2e.harness import Demo, Hosted
 
 
 @pytest.fixture
@@ -21,3 +21,16 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
     yield start
     for demo in demos:
         demo.end()
+
+
+@pytest.fixture
+def start_hosted(tmp_path: Path) -> Iterator[Callable[..., Hosted]]:
+    hosted: list[Hosted] = []
+
+    def start(*script: str) -> Hosted:
+        hosted.append(Hosted(tmp_path / "data", *script))
+        return hosted[-1]
+
+    yield start
+    for one in hosted:
+        one.end()

@@ -16,18 +16,22 @@ from typing import Any
 PATIENCE_S = 150.0
 
 
-class Demo:
-    """One `lens demo` process and what can be seen of it from outside."""
+class Family:
+    """Processes that a test started, with a data folder of their own."""
 
-    def __init__(self, data: Path, *words: str) -> None:
+    def __init__(self, data: Path) -> None:
         self.data = data
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lens", "demo", "--no-browser", "--port", "0", "--data", str(data), *words],
+        self.process: subprocess.Popen[str]
+        """The one that serves."""
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Start `lens` with these words; a marker of our own in the environment finds every descendant."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "lens", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A marker of our own in the environment finds every descendant, whatever group it is in.
-            env={**os.environ, "LENS_TEST_MARK": str(data)},
+            env={**os.environ, "LENS_TEST_MARK": str(self.data), **environment},
         )
 
     def family(self) -> dict[int, dict[str, str]]:
@@ -68,9 +72,30 @@ class Demo:
                     return value
             except (OSError, ValueError, KeyError, IndexError) as error:
                 last = error
-            assert self.process.poll() is None, f"the demo ended: {self.process.communicate()}"
+            assert self.process.poll() is None, (
+                f"the server ended by {self.process.returncode}: {self.process.communicate()}"
+            )
             time.sleep(0.2)
         raise AssertionError(f"{what} did not happen ({last})")
+
+    def end(self) -> None:
+        """Make sure nothing of it is left, whatever the test did."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for pid in self.family():
+            os.kill(pid, signal.SIGKILL)
+
+
+class Demo(Family):
+    """One `lens demo` process and what can be seen of it from outside."""
+
+    def __init__(self, data: Path, *words: str) -> None:
+        super().__init__(data)
+        self.process = self.start("demo", "--no-browser", "--port", "0", "--data", str(data), *words)
 
     def wait_for_step(self, step: int) -> dict[str, Any]:
         """The run's summary once all ranks report and this step is stored."""
@@ -90,13 +115,21 @@ class Demo:
         assert "diagnosis" in reply, f"no verdict: {reply}\n{err}"
         return reply
 
-    def end(self) -> None:
-        """Make sure nothing of it is left, whatever the test did."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        for pid in self.family():
-            os.kill(pid, signal.SIGKILL)
+
+class Hosted(Family):
+    """`lens serve`, and a script of four ranks under `lens run`."""
+
+    def __init__(self, data: Path, *script: str) -> None:
+        super().__init__(data)
+        # Rings of their own: a server takes in what it finds of earlier runs.
+        rings = str(data.with_name("rings"))
+        self.process = self.start("serve", "--data", str(data), "--port", "0", LENS_RINGS=rings)
+        self.wait_for(lambda: (data / "server.json").exists() and self.get("/api/v1/runs"), "the server")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        self.training = self.start("run", "--data", str(data), "--", *launcher, *script, LENS_RINGS=rings)
+
+    def diagnosis(self) -> dict[str, Any]:
+        """The verdict on the only run."""
+        run = self.get("/api/v1/runs")["runs"][0]["run"]
+        reply: dict[str, Any] = self.get(f"/api/v1/runs/{run}/diagnosis")
+        return reply

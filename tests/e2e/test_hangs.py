@@ -1,0 +1,39 @@
+"""Four real ranks that come to stand still, under `lens run` and without a line of lens: the verdict says who and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import Hosted
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(400), pytest.mark.xdist_group("demo")]
+SCRIPT = str(Path(__file__).with_name("hanging.py"))
+
+
+def judged(hosted: Hosted) -> dict[str, Any] | None:
+    """The verdict once something went wrong."""
+    reply = hosted.diagnosis()
+    return reply if reply["status"] in ("hung", "failed") else None
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "cause", "told"),
+    [
+        ("skip", "hung", "collective_mismatch", "in all_reduce 61 of ranks/2,3"),
+        ("shape", "failed", "collective_mismatch", "28 bytes as number 121 of world/0"),
+        ("sleep", "hung", "rank_stuck", "in all_reduce 61 of ranks/2,3"),
+    ],
+)
+def test_the_rank_that_left_the_line_is_named_with_group_and_number(
+    how: str, status: str, cause: str, told: str, start_hosted: Callable[..., Hosted]
+) -> None:
+    hosted = start_hosted(SCRIPT, how, "3", "60")
+    reply = hosted.wait_for(lambda: judged(hosted), "a verdict")
+    found = reply["hypotheses"][0]
+    assert (reply["status"], found["cause"], found["ranks"]) == (status, cause, [3])
+    assert told in found["recommendation"]
+    assert reply["upto_step"] == 60
