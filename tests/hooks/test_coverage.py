@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lens.slots import VECTOR
 from tests.hooks.ringside import Recorded, read_rings, run_script
 
 pytestmark = pytest.mark.processes
@@ -77,6 +78,10 @@ SCRIPT = """
     with caller("gather, scatter", ("gather", 40), ("scatter", 44 * world if rank == 0 else 0)):
         dist.gather(tensor(10), [tensor(10) for _ in range(world)] if rank == 0 else None, dst=0)
         dist.scatter(tensor(11), [tensor(11) for _ in range(world)] if rank == 0 else None, src=0)
+
+    cuts = [to + 1 for to in range(world)]
+    with caller("uneven", ("all_to_all", 4 * sum(cuts))):
+        dist.all_to_all_single(tensor((rank + 1) * world), tensor(sum(cuts)), [rank + 1] * world, cuts)
 
     ahead, behind = (rank + 1) % world, (rank - 1) % world
     with caller("send, recv", ("send", 40), ("recv", 40)):
@@ -148,10 +153,10 @@ SCRIPT = """
 
 SEEN = {
     "native": {
-        "torch.distributed", "gather, scatter", "send, recv", "isend, irecv", "objects", "functional", "DTensor",
+        "torch.distributed", "uneven", "gather, scatter", "send, recv", "isend, irecv", "objects", "functional", "DTensor",
         "DDP", "FSDP2", "asynchronous",
     },
-    "python": {"torch.distributed", "send, recv", "FSDP2", "asynchronous"},
+    "python": {"torch.distributed", "uneven", "send, recv", "FSDP2", "asynchronous"},
 }  # fmt: skip
 UNTOLD = {"send", "recv", "reduce_scatter"}
 """What gloo does not tell the completion of."""
@@ -219,6 +224,19 @@ def test_every_record_has_its_entry_and_its_end(covered: Covered) -> None:
                 assert call["t0"] <= call["t_wait"] <= call["t1"]
             if covered.tier == "native" and call["name"] not in UNTOLD:
                 assert call["t0"] <= call["t_done"] <= call["t1"], call
+
+
+def test_all_to_alls_tell_what_each_rank_was_given(covered: Covered) -> None:
+    for rank, recorded in enumerate(covered.ranks):
+        told = [record for record in recorded.of(VECTOR) if record["metric"] == "comm.given.bytes"]
+        found = {list(covered.expected[rank])[vector["step"]]: list(vector["values"]) for vector in told}
+        # A list of tensors and one cut evenly; one cut by hand, the further the rank the more; one of another module.
+        given = {
+            "torch.distributed": [68 + 72] * covered.world,
+            "uneven": [(to + 1) * 4 for to in range(covered.world)],
+            "functional": [52] * covered.world,
+        }
+        assert found == (given if covered.tier == "native" else {})
 
 
 def test_a_number_names_the_same_collective_on_every_rank(covered: Covered) -> None:
