@@ -3,13 +3,14 @@
 Columns are the fields of the record (``lens.records``); the type is the schema's metadata ``lens.type``, or follows
 from the columns: ``value`` makes samples, ``values`` vectors, ``t0_ns`` spans, ``severity`` or ``text`` events.
 ``labels`` and ``attrs`` are JSON text, a map or a struct. Samples and vectors stay columns all the way; spans and
-events, which carry attributes, go row by row.
+events, which carry attributes, go row by row, and so does a table of which a value has no place in its column: the
+records beside it are kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from lens.store.errors import UndecodableError
 from lens.tables import DTYPES, METRIC_NAME, SCHEMA, Column, Tables, TablesBuilder
 
 _TYPE_BY_COLUMN = {"value": "sample", "values": "vector", "t0_ns": "span", "severity": "event", "text": "event"}
+_READ_ERRORS = (pa.ArrowException, LookupError, *RECORD_ERRORS)
+"""What Arrow and Python can raise for a value of one that is none of the other."""
+_ROWS_AT_ONCE = 4096
 
 
 def decode_arrow(body: bytes) -> Decoded:
@@ -42,8 +46,10 @@ def decode_arrow(body: bytes) -> Decoded:
     if kind in ("sample", "vector"):
         try:
             return _Columns(table).decode(kind)
-        except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        except KeyError as error:
             raise UndecodableError(f"the columns are not those of a {kind}: {error}", "see docs/api.md") from error
+        except _READ_ERRORS:
+            return _row_by_row(table, kind)
     return _row_by_row(table, kind)
 
 
@@ -61,13 +67,34 @@ def _record_type(schema: pa.Schema) -> str:
 
 def _row_by_row(table: pa.Table, kind: str) -> Decoded:
     builder, rejected = TablesBuilder(), Rejections()
-    for row, record in enumerate(table.to_pylist()):
+    nested = "labels" if kind in ("sample", "vector") else "attrs"
+    for row, record in enumerate(_records(table)):
         try:
-            record["attrs"] = _as_object(record.get("attrs"))
+            if isinstance(record, Exception):
+                raise record
+            record[nested] = _as_object(record.get(nested))
             builder.add({**record, "type": kind})
-        except RECORD_ERRORS as error:
+        except _READ_ERRORS as error:
             rejected.add(row, str(error))
     return Decoded(builder.build(), rejected)
+
+
+def _records(table: pa.Table) -> Iterator[dict[str, Any] | Exception]:
+    """Every row as an object, or why it cannot be one: a time that Python has no date for, for example."""
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        try:
+            rows = batch.to_pylist()
+        except _READ_ERRORS:
+            rows = [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
+        yield from rows
+
+
+def _record(row: pa.RecordBatch) -> dict[str, Any] | Exception:
+    try:
+        record: dict[str, Any] = row.to_pylist()[0]
+    except _READ_ERRORS as error:
+        return error
+    return record
 
 
 def _as_object(value: Any) -> Any:
@@ -100,7 +127,6 @@ class _Columns:
             "labels": self._labels(),
         }
         self._refuse(columns["t_ns"] == NULL, "t_ns: missing")
-        self._refuse(columns["rank"] < -1, "rank: not a whole number from 0 on")
         named = np.array([METRIC_NAME.fullmatch(text) is not None for text in [*self.pool, ""]], bool)
         self._refuse(~named[columns["metric"]], "metric: missing or no name")
         result = Tables()
@@ -134,6 +160,9 @@ class _Columns:
         if column is None:
             return np.full(self.rows, absent, dtype)
         filled = pc.fill_null(pc.cast(column, pa.int64()), absent).to_numpy(zero_copy_only=False)
+        if dtype == "<i4":
+            # A number too large would wrap around to somebody else's.
+            self._refuse((filled < absent) | (filled >= 2**31), f"{name}: not a whole number from 0 on")
         return np.asarray(filled, dtype)
 
     def _texts(self, name: str) -> Column:

@@ -210,3 +210,28 @@ def test_arrow_dictionaries_and_maps_are_read() -> None:
 def test_arrow_of_no_record_type_is_refused() -> None:
     with pytest.raises(UndecodableError, match="no record type"):
         decode(stream(pa.table({"a": [1]})), ARROW)
+
+
+SPOILED: dict[str, tuple[str, pa.Array]] = {
+    "a rank of which 32 bits are another's": ("rank", pa.array([2**32 + 1, 1])),
+    "a half rank": ("rank", pa.array([1.5, 1.0])),
+    "a step over 64 bits": ("step", pa.array([2**63, 1], pa.uint64())),
+    "labels that are no JSON": ("labels", pa.array(['{"a":', '{"a": "b"}'])),
+    "labels that are no text": ("labels", pa.array(['{"a": 1}', '{"a": "b"}'])),
+    "labels nested beyond reading": ("labels", pa.array(["[" * 100_000, '{"a": "b"}'])),
+    "a time beyond the calendar": ("extra", pa.array([2**62, None], pa.timestamp("us"))),
+}
+
+
+@pytest.mark.parametrize("column", SPOILED)
+def test_an_arrow_value_without_a_place_costs_its_own_row_alone(column: str) -> None:
+    name, values = SPOILED[column]
+    base = {"t_ns": [1, 2], "kind": ["x", "y"], "severity": ["info", "info"]}
+    if name != "extra":
+        base = {"t_ns": [1, 2], "metric": ["a", "b"], "value": [1.0, 2.0]}
+    found = decode(stream(pa.table({**base, name: values})), ARROW)
+    assert [each["line"] for each in found.rejected.listed] == [0]
+    (kept,) = (
+        found.tables.table(table)["t_ns"].tolist() for table in ("samples", "events") if found.tables.count(table)
+    )
+    assert kept == [2]
