@@ -13,6 +13,7 @@ from lens import __version__
 from lens.cli import (
     agent,
     attach,
+    compare,
     demo,
     detach,
     diagnose,
@@ -38,6 +39,7 @@ VERBS: dict[str, ModuleType] = {
     "list": list_runs,
     "top": top,
     "diagnose": diagnose,
+    "compare": compare,
     "query": query,
     "export": export,
     "postmortem": postmortem,
