@@ -8,7 +8,7 @@ DEV := $(VENV)/.installed-dev
 PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
 
-.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery
+.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery prove-api
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause name
 
 prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (4 minutes)
 	@$(BIN)/python benchmarks/crash_delivery.py --out docs/proofs/delivery.md $(ARGS)
+
+prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
+	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)
 
 format: $(DEV) ## rewrite the code in the house's style
 	@$(BIN)/ruff check --fix .

@@ -115,7 +115,7 @@ async def describe_run(request: Request) -> Response:
     body = await read_body(request, ingest.folder.limits.body)
     try:
         described = msgspec.json.decode(b"".join(body))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UndecodableError(
             f"the body is not JSON: {error}", 'send {"run": "my-run", "world_size": 4}'
         ) from error

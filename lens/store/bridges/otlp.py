@@ -103,7 +103,7 @@ def _request(body: bytes, content_type: str) -> dict[str, Any]:
         return protobuf.read(body, "ExportMetricsServiceRequest", _MESSAGES)
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UndecodableError(f"the body is not JSON: {error}", "send OTLP/JSON or protobuf") from error
     if not isinstance(found, dict):
         raise UndecodableError("the body is no export request", 'send {"resourceMetrics": […]}')

@@ -49,7 +49,7 @@ async def query(request: Request) -> Response:
     body = b"".join(await read_body(request, MOST_BODY))
     try:
         question = msgspec.json.decode(body, type=Question)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadQueryError(
             f"the body is no question: {error}", 'send {"sql": "SELECT count() FROM steps"}'
         ) from error
