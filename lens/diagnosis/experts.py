@@ -10,7 +10,7 @@ from lens.diagnosis import notices, policy
 from lens.diagnosis.arrays import Array, Floats, Ints, cells, mean, median
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
-from lens.diagnosis.routing import ExpertLoad
+from lens.diagnosis.routing import ExpertLoad, drops
 
 CAUSES = {
     "hot_expert": Cause(
@@ -45,6 +45,10 @@ DEAD_AMONG = 0.25
 REST_MOVED = 0.05
 """Change of the entropy of the other experts that counts as none."""
 DEAD_NORM = 1e-3
+DROPPED_MORE, DROPPED_TIMES, DROPPED_WINDOW, DROPPED_STEPS = 0.05, 2.0, 5, 20
+"""Tokens are dropped when their share of the routed rose by so much, by this factor, and each later window of so many
+steps drops more than any earlier one by half as much; before and after are so many steps at least. A share that was
+high from the beginning is what the capacity factor asks for."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,12 @@ class Experts:
     """The load of a run's experts."""
 
     run: Examiner
+    drops: tuple[Floats, Floats] | None
 
     @classmethod
     def of(cls, run: Examiner) -> Experts:
         """Vectors are read when first asked for."""
-        return cls(run)
+        return cls(run, drops(run.tables, run.timeline))
 
     def at(self, place: int) -> list[Notice]:
         """What the routers did up to a place."""
@@ -64,13 +69,32 @@ class Experts:
         steps = notices.judged_steps(place)
         if len(steps) < policy.FIRST_JUDGED_STEPS:
             return []
-        if load is None:
-            return []
-        collapse = self._collapsed(load, steps)
-        if collapse is not None:
-            return [collapse]
-        found = [self._hot(load, steps), self._dead(load, steps)]
-        return [notice for notice in found if notice is not None]
+        found: list[Notice | None] = []
+        if load is not None:
+            collapse = self._collapsed(load, steps)
+            found = [collapse] if collapse is not None else [self._hot(load, steps), self._dead(load, steps)]
+        told = [notice for notice in found if notice is not None]
+        dropped = None if told else self._dropped(steps)
+        return told if dropped is None else [dropped]
+
+    def _dropped(self, steps: Ints) -> Notice | None:
+        """More of the tokens beyond the capacity than before, while no expert's load tells why."""
+        if self.drops is None:
+            return None
+        dropped, routed = (values[steps] for values in self.drops)
+        known = np.isfinite(dropped) & np.isfinite(routed) & (routed > 0)
+        steps, dropped, share = steps[known], dropped[known], dropped[known] / routed[known]
+        onset, before, now = notices.begins(share, DROPPED_STEPS)
+        if not onset or now - before < DROPPED_MORE or now < DROPPED_TIMES * before:
+            return None
+        windows = np.convolve(share, np.ones(DROPPED_WINDOW) / DROPPED_WINDOW, "valid")
+        if windows[onset:].min() < windows[: onset - DROPPED_WINDOW + 1].max() + DROPPED_MORE / 2:
+            return None
+        said = f"{100 * now:.0f} % of the routed tokens are beyond the capacity and dropped, {100 * before:.0f} % before"
+        return Notice(
+            "dropped_tokens", (), int(steps[onset]), None, notices.sureness(now - before, DROPPED_MORE, 0.95), said,
+            (Evidence("moe.tokens.dropped", float(dropped[:onset].mean()), float(dropped[onset:].mean())),),
+        )  # fmt: skip
 
     def _hot(self, load: ExpertLoad, steps: Ints) -> Notice | None:
         """Owners whose experts get more tokens than the others', and who take longer for it."""

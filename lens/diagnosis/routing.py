@@ -107,3 +107,26 @@ def _sums(cell: Ints, values: Floats, cells: int) -> Floats:
         first = starts_of(cell[order])
         total[cell[order[first]]] = np.add.reduceat(values[order], first, axis=0)
     return total
+
+
+def drops(tables: Tables, timeline: Timeline) -> tuple[Floats, Floats] | None:
+    """Tokens dropped and tokens routed in each step over all ranks and layers that tell both; None where none does.
+
+    From counters that only grow: a step after one that is not known, or after a restart, is NaN [steps].
+    """
+    grown: list[Floats] = []
+    for metric in ("moe.tokens.dropped", "moe.tokens.routed"):
+        rows = np.flatnonzero((tables.samples["metric"] == tables.code(metric)) & (tables.samples["step"] != NULL))
+        rank, labels, step = (tables.samples[name][rows] for name in ("rank", "labels", "step"))
+        rows = rows[np.lexsort((tables.samples["t_ns"][rows], step, labels, rank))]
+        rank, labels, step = (tables.samples[name][rows] for name in ("rank", "labels", "step"))
+        growth = np.diff(tables.samples["value"][rows])
+        follows = (np.diff(rank) == 0) & (np.diff(labels) == 0) & (np.diff(step) == 1) & (growth >= 0)
+        at = np.searchsorted(timeline.steps, step[1:][follows])
+        inside = at < len(timeline)
+        if not inside.any():
+            return None
+        total = np.bincount(at[inside], growth[follows][inside], len(timeline)).astype(np.float64)
+        total[np.bincount(at[inside], minlength=len(timeline)) == 0] = np.nan
+        grown.append(total)
+    return grown[0], grown[1]
