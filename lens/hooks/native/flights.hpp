@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "ring.hpp"
@@ -54,6 +55,7 @@ struct Flight {
   std::function<bool()> completed;               // asks, until its backward pass is left: `done` is told late on a busy machine
   int sweeps = 0;
   std::shared_ptr<Ring> ring;  // keeps `place` mapped for whoever completes it
+  int64_t ids = 0;             // of its operation and group in that ring
   int64_t* place = nullptr;
 
   void complete(int64_t t) {
@@ -84,6 +86,7 @@ class Session : public std::enable_shared_from_this<Session> {
 
   std::atomic<int64_t> spent{0}, unrecorded{0};
   std::atomic<bool> strangers{false};  // a group was met that Python has not told of
+  bool gave = false;                   // all-to-alls since the last sweep; under the lock
   std::mutex lock;                     // held for table look-ups only, never around a call
 
   // --- under the lock -----------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class Session : public std::enable_shared_from_this<Session> {
   }
 
   // This thread is in the collective.
-  void block(const Flight& flight) {
+  void block(Flight& flight) {
     Ring* own = ring();
     if (!own) return;
     int64_t* word = own->words() + kBlockedWord;
@@ -294,8 +297,12 @@ class Session : public std::enable_shared_from_this<Session> {
   // Once a step: write what nobody waits for any more, and what the step's all-to-alls gave to whom.
   void sweep(bool all) {
     std::vector<FlightPtr> landed, waiting;
+    bool given;
     {
       std::lock_guard guard(lock);
+      given = std::exchange(gave, false);
+      // As a rule: everything was waited for, and cold code would only cost.
+      if (parked_.empty() && !given) return;
       for (auto& flight : parked_) {
         const bool over = all || flight->over_in_backward || ++flight->sweeps >= kPatience;
         (over ? landed : waiting).push_back(std::move(flight));
@@ -316,7 +323,7 @@ class Session : public std::enable_shared_from_this<Session> {
       if (!done) flight->done = left;
       land(*flight, at);
     }
-    record_given();
+    if (given) record_given();
   }
 
   void close(bool clean) {
@@ -326,7 +333,13 @@ class Session : public std::enable_shared_from_this<Session> {
   }
 
  private:
-  int64_t ids(Ring& ring, const Flight& flight) { return ring.intern(flight.op) | ring.intern(flight.group) << 32; }
+  int64_t ids(Ring& ring, Flight& flight) {
+    const bool own = &ring == flight.ring.get();
+    if (own && flight.ids) return flight.ids;
+    const int64_t found = ring.intern(flight.op) | ring.intern(flight.group) << 32;
+    if (own) flight.ids = found;
+    return found;
+  }
 
   void record_given() {
     static const std::string metric = "comm.given.bytes";

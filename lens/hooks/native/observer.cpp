@@ -171,7 +171,7 @@ class Observed final : public c10::OperatorKernel {
       } else {
         flight->number = own_number(group, process_group) + group.offset;
         if (!group.numbered) flight->number = ++group.counted;
-        if (splits_ >= 0 || spec_.name == std::string("alltoall_")) add_given(group, *flight, arguments);
+        if (splits_ >= 0 || spec_.name == std::string("alltoall_")) add_given(session, group, *flight, arguments);
       }
     }
     session.enter(*flight);
@@ -233,7 +233,7 @@ class Observed final : public c10::OperatorKernel {
     flight.number = peer >= 0 ? ++pair.count : kNull;
   }
 
-  void add_given(Group& group, const Flight& flight, const c10::IValue* arguments) {
+  void add_given(Session& session, Group& group, const Flight& flight, const c10::IValue* arguments) {
     const size_t members = group.ranks.size();
     if (!members) return;
     std::vector<double> given(members, 0.0);
@@ -251,6 +251,7 @@ class Observed final : public c10::OperatorKernel {
     }
     if (group.given.size() != members || group.given_step != flight.step) group.given.assign(members, 0.0);
     group.given_step = flight.step;
+    session.gave = true;
     for (size_t place = 0; place < members; ++place) group.given[place] += given[place];
   }
 
@@ -520,10 +521,17 @@ PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObjec
     if (flight) session->begin_wait(*flight, t_wait);
   }
   const Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
-  std::vector<PyObject*> all{self};
-  all.insert(all.end(), given, given + count + named);
+  // At most a timeout is given.
+  PyObject* few[4] = {self};
+  std::vector<PyObject*> many;
+  PyObject** all = few;
+  if (count + named >= 4) {
+    many.assign(1 + count + named, self);
+    all = many.data();
+  }
+  std::copy(given, given + count + named, all + 1);
   const int64_t before = now();
-  PyObject* result = PyObject_Vectorcall(original_wait, all.data(), count + 1, names);
+  PyObject* result = PyObject_Vectorcall(original_wait, all, count + 1, names);
   if (!flight || !result) return result;  // an error leaves it open: the ring says what this rank was in
   const int64_t t1 = now();
   session->land(*flight, t1);
