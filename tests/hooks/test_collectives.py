@@ -75,7 +75,7 @@ def ranks(tier: str, tmp_path_factory: pytest.TempPathFactory) -> list[Recorded]
     rings: Path = tmp_path_factory.mktemp("collectives") / "rings"
     done = run_script(SCRIPT, rings, world=3, LENS_NATIVE=str(int(tier == "native")))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 3, done.stderr
+    assert done.stdout.count("True") == 3, done.stderr  # all write to one pipe
     return read_rings(rings)
 
 
