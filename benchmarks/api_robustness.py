@@ -17,9 +17,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
+SENDERS = 16
 START = 1_700_000_000_000_000_000
 Rows = list[tuple[int, bool]]
 """Time in ns, and whether the record is to be good."""
@@ -137,33 +140,46 @@ class Tally:
 
 def send_bodies(client: httpx.Client, count: int, seed: int) -> dict[str, Tally]:
     """Send that many bodies, half spoiled and half broken, and ask what is stored."""
-    draw, tallies = random.Random(seed), {name: Tally() for name in FORMATS}
+    draw, tallies, counting = random.Random(seed), {name: Tally() for name in FORMATS}, threading.Lock()
     runs = {name: f"spoiled-{number}" for number, name in enumerate(FORMATS)}
     for run in (*runs.values(), "broken"):
         client.post("/api/v1/runs", json={"run": run}).raise_for_status()
-    for number in range(count):
-        name = list(FORMATS)[number % len(FORMATS)]
-        path, content_type, build = FORMATS[name]
-        tally, is_broken = tallies[name], number // len(FORMATS) % 2 == 1
-        times = [START + (number * 8 + place) * 1_000_000 for place in range(draw.randint(1, 8))]
-        rows = [(t, is_broken or draw.random() < 0.6) for t in times]
-        if not any(is_good for _, is_good in rows):
-            rows[0] = (times[0], True)
-        body = build(rows, draw)
-        if is_broken:
-            body = broken(body, draw)
-        else:
-            tally.good += sum(is_good for _, is_good in rows)
-        headers = {"content-type": content_type}
-        reply = client.post(path.format("broken" if is_broken else runs[name]), content=body, headers=headers)
-        tally.statuses[reply.status_code] += 1
-        if reply.status_code >= 500 or (not is_broken and reply.status_code >= 300):
-            tally.failures.append(f"{number} {name}: {reply.status_code} {reply.text[:200]} {body[:200]!r}")
+
+    def send(number: int, name: str, is_broken: bool, body: bytes) -> None:
+        path, content_type, _ = FORMATS[name]
+        path = path.format("broken" if is_broken else runs[name])
+        reply = client.post(path, content=body, headers={"content-type": content_type})
+        with counting:
+            tallies[name].statuses[reply.status_code] += 1
+            if reply.status_code >= 500 or (not is_broken and reply.status_code >= 300):
+                tallies[name].failures.append(
+                    f"{number} {name}: {reply.status_code} {reply.text[:200]} {body[:200]!r}"
+                )
+
+    with ThreadPoolExecutor(SENDERS) as senders:
+        sent = [senders.submit(send, number, *each) for number, each in enumerate(_bodies(count, draw, tallies))]
+    for each in sent:
+        each.result()
     for name, tally in tallies.items():
         question = {"sql": "SELECT count() AS n FROM samples", "run": runs[name]}
         reply = client.post("/api/v1/query", json=question).raise_for_status()
         tally.stored = reply.json()["rows"][0][0]
     return tallies
+
+
+def _bodies(count: int, draw: random.Random, tallies: dict[str, Tally]) -> Iterator[tuple[str, bool, bytes]]:
+    """Format, whether it is broken, and the body; the good records of those that are spoiled are counted."""
+    for number in range(count):
+        name = list(FORMATS)[number % len(FORMATS)]
+        is_broken = number // len(FORMATS) % 2 == 1
+        times = [START + (number * 8 + place) * 1_000_000 for place in range(draw.randint(1, 8))]
+        rows = [(t, is_broken or draw.random() < 0.6) for t in times]
+        if not any(is_good for _, is_good in rows):
+            rows[0] = (times[0], True)
+        body = FORMATS[name][2](rows, draw)
+        if not is_broken:
+            tallies[name].good += sum(is_good for _, is_good in rows)
+        yield name, is_broken, broken(body, draw) if is_broken else body
 
 
 def broken(body: bytes, draw: random.Random) -> bytes:
