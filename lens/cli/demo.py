@@ -146,7 +146,12 @@ class _Demo:
             command += ["--fault", fault]
         if arguments.dropless:
             command.append("--dropless")
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment()}
+        # What torch leaves lying when it is stopped (sockets of DataLoader workers) goes with the rings.
+        scratch = private_directory(self.rings) / "tmp"
+        scratch.mkdir()
+        environment = {
+            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch), **self.environment(),
+        }  # fmt: skip
         self.trainer = start(
             command, environment, None, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -95,7 +97,15 @@ class Demo(Family):
 
     def __init__(self, data: Path, *words: str) -> None:
         super().__init__(data)
-        self.process = self.start("demo", "--no-browser", "--port", "0", "--data", str(data), *words)
+        # Short: sockets in it have paths of 107 bytes at most.
+        self.scratch = Path(tempfile.mkdtemp(prefix="lens-"))
+        command = ("demo", "--no-browser", "--port", "0", "--data", str(data), *words)
+        self.process = self.start(*command, TMPDIR=str(self.scratch))
+
+    def end(self) -> None:
+        """The same, and its temporary files."""
+        super().end()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def wait_for_step(self, step: int) -> dict[str, Any]:
         """The run's summary once all ranks report and this step is stored."""

@@ -59,7 +59,7 @@ def test_a_run_is_seen_live_and_ctrl_c_leaves_nothing(start_demo: Start) -> None
     demo.process.communicate(timeout=90)
     assert demo.process.returncode == 130
     assert demo.family() == {}
-    left = list(Path("/dev/shm").glob(f"lens-*/demo-{demo.process.pid}*"))
+    left = [*Path("/dev/shm").glob(f"lens-*/demo-{demo.process.pid}*"), *demo.scratch.rglob("*")]
     assert left == []
 
 
