@@ -54,10 +54,23 @@ def test_lanes_say_who_waits_for_whom(real: RealServer, open_page: Open, run: st
     assert "0.006" in rows
 
 
-def test_a_collective_without_all_its_ranks_has_no_known_wait(real: RealServer, open_page: Open) -> None:
+LATE_RUN_OBJECT = """
+const ask = window.fetch;
+window.fetch = async (what, ...more) => {
+  const { pathname } = new URL(what.url ?? what, location);
+  if (/[/]runs[/][^/]+$/.test(pathname)) await new Promise((done) => setTimeout(done, 1500));
+  return ask(what, ...more);
+};
+"""
+
+
+@pytest.mark.parametrize("script", ["", LATE_RUN_OBJECT], ids=["at once", "groups known late"])
+def test_a_collective_without_all_its_ranks_has_no_known_wait(
+    real: RealServer, open_page: Open, script: str
+) -> None:
     name = real.begin_full()
     real.send(name, (record for record in full_run.records(0, 3) if record.get("rank") != 2))
-    page = open_page(real, f"/run/{name}/steps?step=1")
+    page = open_page(real, f"/run/{name}/steps?step=1", script=script)
     drawn(page, "step-lanes", 1)
     says(page, "#step-lanes .lens-panel-legend", "waiting not known: a rank is not recorded")
     assert "most waited for" not in text(page, "#step-lanes .lens-panel-legend")

@@ -31,12 +31,13 @@ export class LanesPanel extends CanvasPanel {
 
   render() {
     const { step, value, error } = this.reply;
-    if (this.say(step === null ? "n/a: no step has ended yet." : error && !value ? `n/a: ${error.message}` : value ? null : "Loading…")) return this.legend.replaceChildren();
-    if (this.known !== value) {
-      this.known = value;
-      this.hover = null;
-      withWaits(value.ranks, this.session.meta?.groups, this.session.meta?.world_size);
-    }
+    // Who waits is not known before the run's groups are: one of their ranks may be missing.
+    const { meta } = this.session;
+    if (this.say(step === null ? "n/a: no step has ended yet." : error && !value ? `n/a: ${error.message}` : value && meta ? null : "Loading…")) return this.legend.replaceChildren();
+    if (this.known !== value || this.groupsOf !== meta) withWaits(value.ranks, meta.groups, meta.world_size);
+    if (this.known !== value) this.hover = null;
+    this.known = value;
+    this.groupsOf = meta;
     if (!this.picture.hidden) this.paint();
     this.drawLegend();
     return undefined;
