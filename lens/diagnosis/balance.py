@@ -209,7 +209,7 @@ def _squares(run: Examiner) -> Floats | None:
 def _by_quarter(values: Floats, steps: Ints, rows: Array) -> Floats:
     """Typical level of these ranks in each quarter of the steps."""
     parts = np.array_split(steps, QUARTERS)
-    return np.array([float(np.nanmedian(median(cells(values, part, rows)))) for part in parts])
+    return np.array([float(median(median(cells(values, part, rows)))) for part in parts])
 
 
 def _mixed(stage: list[int], makes: list[tuple[str, str]], number: int) -> bool:

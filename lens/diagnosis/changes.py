@@ -122,7 +122,7 @@ class _Tracker:
     def segment(self, low: int, high: int) -> None:
         """Judge the steps low … high - 1 by the baseline of the steps before low."""
         begin = max(policy.WARM_UP_STEPS, low - policy.REFERENCE_STEPS)
-        unit = float(np.nanmedian(self.usual[policy.WARM_UP_STEPS : low])) if low else np.nan
+        unit = float(median(self.usual[policy.WARM_UP_STEPS : low])) if low else np.nan
         if not np.isfinite(unit) or unit <= 0:
             return
         clean = ~self.excluded[begin:low]
