@@ -60,6 +60,8 @@ class Stage:
             "LENS_HOST": "host0",
             "LENS_SHIP_S": "0.1",
             "LENS_AGENT_LINGER": "600",
+            # A server that finds a backlog starts an agent itself: here the one that is to be killed must carry it.
+            "LENS_AGENT": "0",
         }
         self.log = (folder / "log").open("ab")
         self.port = 0
