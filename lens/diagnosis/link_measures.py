@@ -97,9 +97,13 @@ def _reaches(*scopes: str) -> Callable[[LinkScene], Measure]:
 
 def _inside(scene: LinkScene) -> Measure:
     level = float(scene.place.scope == CARD)
-    if level and not any(stream.crosses for stream in scene.transfers.streams):
-        # Nothing leaves the host: nobody can say whether what does would have been slower too.
-        level = 0.5
+    if level:
+        crosses = np.array([stream.crosses for stream in scene.transfers.streams], bool)
+        streams, gain = scene.located.streams, np.nan_to_num(scene.located.effects.gain)
+        total = float(gain[streams].sum())
+        # What leaves the host has become slower too; or nothing leaves it, and nobody can say whether it would have.
+        level = 1 - float(gain[streams][crosses[streams]].sum()) / total if total > 0 else 0.0
+        level = level if crosses.any() else 0.5
     return Measure("comm.transfer", "transfer within the host alone", "", None, None, level)
 
 

@@ -38,6 +38,10 @@ CONFIRMING = (
 )  # fmt: skip
 """Measures that do not come from the transfers themselves."""
 PROCESSOR_CAUSES = {"cpu_contention", "cpu_quota"}
+PLACED = 0.5
+"""A place with a smaller probability than this is not told from everywhere."""
+SETTLED_STEPS = 32
+"""Slower than a shorter past everywhere, and nothing that confirms it: then the first steps were fast, not these slow."""
 WEATHER = 1.5
 """Shared fabrics are slower for a while by some tens of percent: what slows everything, and what no counter confirms, must
 be more than that."""
@@ -257,7 +261,8 @@ class Network:
         if share < bar * noise or share < policy.WORTH_KEEPING:
             return None
         longest = float(np.nanmax(effects.now[streams] / np.fmax(effects.usual[streams], 1e-12)))
-        if not confirmed and not best.place.rows and longest < WEATHER:
+        placed = sum(pair.probability for pair in pairs if pair.place == best.place) if best.place.rows else 0.0
+        if not confirmed and placed < PLACED and (longest < WEATHER or 0 < len(before) < SETTLED_STEPS):
             return None
         if last is not None:
             needed = policy.WORTH_KEEPING if confirmed else policy.UNCONFIRMED_COST
