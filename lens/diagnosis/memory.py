@@ -14,7 +14,9 @@ from lens.diagnosis.signals import Series
 
 CAUSES = {
     "memory_leak_host": Cause(
-        "Take two heap profiles of {ranks} some steps apart (tracemalloc, memray) and look for what is kept from step to step."
+        "Take two heap profiles of {ranks} some steps apart (tracemalloc, memray) and look for what is kept from step to step.",
+        # New pages take time outside of all phases.
+        absorbs=("host",),
     ),
     "memory_leak_device": Cause(
         "Look for tensors that {ranks} keep{s} from step to step (losses kept with their graph, growing caches; "

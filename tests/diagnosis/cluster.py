@@ -246,6 +246,9 @@ class _Simulation:
             self._phase(step, "eval", lambda: self._busy(c.step_s * 3 * self._jitter(0.05)))
         for _ in range(c.small):
             self._meet(step, "world", "all_reduce", "optimizer", -1, 0.002 * c.step_s, size=8)
+        for fault in c.faults:
+            if fault.kind == "between" and fault.active(step):
+                self._busy(np.isin(everybody, fault.ranks) * fault.strength * c.step_s)
         self.durations[step] = self.clock - begun
         self.fabric.passed(step, float(self.durations[step].mean()))
         self.writer.add(

@@ -47,6 +47,13 @@ def test_a_leak_is_named_with_the_time_that_is_left_and_costs_nothing_yet() -> N
     assert reply["status"] == "degraded"
 
 
+def test_a_leak_whose_pages_take_time_is_one_finding_with_that_cost() -> None:
+    faults = (Fault("leak", (3,), 100, 1.5 * MIB), Fault("between", (3,), 200, 0.4))
+    (found,) = verdict(Cluster(ranks=8, steps=300, faults=faults))["hypotheses"]
+    assert (found["cause"], found["ranks"]) == ("memory_leak_host", [3])
+    assert found["slowdown_pct"] > 5
+
+
 def test_memory_that_fills_up_once_is_no_leak() -> None:
     assert verdict(Cluster(ranks=8, steps=300, seed=2))["hypotheses"] == []
 
