@@ -50,9 +50,9 @@ DRAIN_PATIENCE_S = 60.0
 VERDICT_PATIENCE_S = 60.0
 SHIP_S = 0.25
 LINGER_S = 3600.0
+"""The demo ends its agents itself: ranks on a cold, busy machine load torch for longer than an agent would wait."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """A polite kill and a closed terminal end everything too, like Ctrl-C, which a shell's background job would ignore."""
-"""The demo ends its agents itself: ranks on a cold, busy machine load torch for longer than an agent would wait."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
