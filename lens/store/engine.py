@@ -41,6 +41,8 @@ class Store:
         self._sessions: list[Any] = []
         self._readers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._write_lock = threading.Lock()
+        self.version = 0
+        """Newest migration of `schema.MIGRATIONS` that the database has."""
         try:
             self._writer = self._open_session()
             for _ in range(READERS):
@@ -168,16 +170,17 @@ class Store:
         self.command(
             "CREATE TABLE IF NOT EXISTS lens.migrations (version UInt32) ENGINE = MergeTree ORDER BY version"
         )
-        done = int(self.scalar("SELECT max(version) FROM lens.migrations") or 0)
-        if done > len(MIGRATIONS):
+        self.version = int(self.scalar("SELECT max(version) FROM lens.migrations") or 0)
+        if self.version > len(MIGRATIONS):
             raise StoreError(
-                f"{self.path} was written by a newer lens (schema {done}, this one knows {len(MIGRATIONS)})",
+                f"{self.path} was written by a newer lens (schema {self.version}, this one knows {len(MIGRATIONS)})",
                 "upgrade lens, or use another data folder",
             )
-        for version, statements in enumerate(MIGRATIONS[done:], done + 1):
+        for version, statements in enumerate(MIGRATIONS[self.version :], self.version + 1):
             for statement in statements:
                 self.command(statement)
             self.command(f"INSERT INTO lens.migrations VALUES ({version})")
+            self.version = version
 
 
 def quote(text: str) -> str:

@@ -1,6 +1,9 @@
 """The database: its tables, and how they came to be.
 
-Migrations only go forward: each is a list of statements, run once, in order, its number noted in `migrations`.
+Migrations only go forward: each is a list of statements, run in order when a store is opened, its number noted in
+`migrations` of the store itself. A process may be killed between any two statements and then begins that migration
+again: each statement must do no harm when it is run twice.
+
 Nulls are as in `lens.tables` (int64 `NULL`, rank, layer and peer -1, text ''): no Nullable columns, and a filter
 such as ``step >= 0`` leaves the unknown out by itself.
 
@@ -118,7 +121,14 @@ _FIRST = [
     ),
 ]
 
-MIGRATIONS: list[list[str]] = [_FIRST]
+_UPKEEP = [
+    # Run 0 stands for every run without a row of its own; keep_s is one of `retention`'s words where it is negative.
+    _table("retention", "run UInt32, keep_s Int64, version UInt64", "run", "ReplacingMergeTree(version)"),
+    # Runs that are gone. Kept for good: their numbers are never given again, and a log taken again leaves them out.
+    _table("deleted", "run UInt32, id String, deleted_ns Int64", "run"),
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _UPKEEP]
 """Migration n (from 1) is MIGRATIONS[n - 1]. A released one never changes; a new one is added at the end."""
 
 
