@@ -3,7 +3,7 @@
     python docs/api_examples.py            # rewrite the replies
     python docs/api_examples.py --check    # exit code 1 and the difference if a reply is not as the page says
 
-A request is a block that begins with GET, POST or WS; the block after it is its reply. What differs from day to day
+A request is a block that begins with GET, POST, PUT, DELETE or WS; the block after it is its reply. What differs from day to day
 (ages, cursors, the server's own words) is replaced by a fixed value, numbers are rounded, long lists cut. Of a verdict
 only the shape is compared: its numbers improve with the diagnosis, its keys do not change. Every route of the server
 must be shown.
@@ -33,8 +33,8 @@ FIXED: dict[str, Any] = {"age_s": 0.4, "state": "live", "cursor": 1764081234567,
 """Depends on when one asks. A rank's own `age_s` and `state` do not, and stay as they are."""
 BYTES = ("POST /api/v1/write",)
 """Routes whose bodies are no text: the page says in words what they take."""
-SHAPE_ONLY = ("diagnosis", "alerts", "ledger")
-"""Routes whose numbers are the diagnosis's own."""
+SHAPE_ONLY = ("diagnosis", "alerts", "ledger", "store", "compact")
+"""Routes whose numbers are the diagnosis's own, or the database's."""
 BLOCK = re.compile(r"^```(?P<info>\w+[^\n]*)?\n(?P<body>.*?)^```$", re.M | re.S)
 SECOND, MS = 1_000_000_000, 1_000_000
 START = 1_700_000_000 * SECOND
@@ -261,7 +261,7 @@ def rewritten(page: str, server: Server) -> str:
     shown: set[str] = set()
     for block in BLOCK.finditer(page):
         if not request:
-            if re.match(r"(GET|POST|WS) /", block["body"]):
+            if re.match(r"(GET|POST|PUT|DELETE|WS) /", block["body"]):
                 request = block["body"].rstrip("\n")
             continue
         status, reply = server.ask(request)

@@ -24,6 +24,7 @@ from lens.cli import (
     query,
     run,
     serve,
+    store,
     top,
 )  # fmt: skip
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
@@ -42,6 +43,7 @@ VERBS: dict[str, ModuleType] = {
     "compare": compare,
     "query": query,
     "export": export,
+    "store": store,
     "postmortem": postmortem,
     "doctor": doctor,
 }

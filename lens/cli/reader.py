@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -51,8 +51,16 @@ class ServerReader:
         Raises:
             CommandError: no answer, or an answer that is an error.
         """
+        return self.ask("GET", path)
+
+    def ask(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that answers a request.
+
+        Raises:
+            CommandError: no answer, or an answer that is an error.
+        """
         with _as_command_errors():
-            return self._connection.ask("GET", path)
+            return self._connection.ask(method, path, content)
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, newest first."""
@@ -74,8 +82,7 @@ class ServerReader:
 
     def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
         """The rows of a SELECT."""
-        with _as_command_errors():
-            return self._connection.ask("POST", "/api/v1/query", {"sql": sql, "run": run, "limit": limit})
+        return self.ask("POST", "/api/v1/query", {"sql": sql, "run": run, "limit": limit})
 
     def exported(self, run: str, format: str, table: str, first: int | None, last: int | None) -> Iterator[bytes]:
         """The run as a file, in parts.
@@ -101,22 +108,33 @@ def _as_command_errors() -> Iterator[None]:
         raise CommandError(str(error), error.hint, UNREACHABLE) from error
 
 
-def open_reader(settings: Settings) -> RunReader:
-    """The reader for these settings: LENS_SERVER, else the folder's server, else the folder.
+def server_of(settings: Settings) -> str | None:
+    """The server to ask: LENS_SERVER, else the one that owns the folder; None if the folder is there for us to open.
 
     Raises:
-        CommandError: neither is there.
+        CommandError: there is neither.
     """
     owner = owner_of(settings.data)
     if settings.server or owner:
-        url = settings.server or (owner or {})["url"]
-        return ServerReader(url, settings.read_token())
+        return settings.server or str((owner or {})["url"])
     if not settings.data.is_dir():
         raise CommandError(
             f"there is no data folder {settings.data}",
             "name one with --data, or make one with: lens demo",
             UNUSABLE,
         )
+    return None
+
+
+def open_reader(settings: Settings) -> RunReader:
+    """The reader for these settings: LENS_SERVER, else the folder's server, else the folder.
+
+    Raises:
+        CommandError: neither is there.
+    """
+    url = server_of(settings)
+    if url is not None:
+        return ServerReader(url, settings.read_token())
     try:
         from lens.store.errors import StoreError
         from lens.store.query import Query

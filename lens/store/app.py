@@ -22,10 +22,12 @@ from lens.store.live import LiveFeed
 from lens.store.query import Query
 from lens.store.replies import error_reply, install_error_handlers, json_reply
 from lens.store.sql import route as sql
+from lens.store.upkeep import route as upkeep
+from lens.store.upkeep.keeper import Upkeep
 from lens.store.verdicts import Verdicts
 from lens.store.worker import DiagnosisWorker
 
-_ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router, bridges.router)
+_ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router, bridges.router, upkeep.router)
 _ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -58,12 +60,15 @@ def create_app(
         verdicts = Verdicts(app.state.query, app.state.live)
         app.state.ingest = Ingest(folder, app.state.live, verdicts)
         app.state.recent = bridges.Recent()
+        app.state.upkeep = keeper = Upkeep(folder)
+        keeper.start()
         verdicts.start()
         try:
             yield
         finally:
             verdicts.stop()
             worker.close()
+            await anyio.to_thread.run_sync(keeper.stop)
             await anyio.to_thread.run_sync(folder.close)
 
     # No /docs: that page would load scripts from elsewhere.

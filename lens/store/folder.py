@@ -22,9 +22,9 @@ from lens.store.applier import Applier, Pending, read_pointer
 from lens.store.cardinality import beyond, without
 from lens.store.decode import Decoded, decode
 from lens.store.encodings import unpack
-from lens.store.engine import Store
+from lens.store.engine import Store, quote
 from lens.store.entries import BATCH, CUT, RUN, BatchEntry, Cut, RunEntry
-from lens.store.errors import StoreError, StoreFullError
+from lens.store.errors import StoreError, StoreFullError, UnknownRunError
 from lens.store.history import Arrivals
 from lens.store.log import Log
 from lens.store.ownership import Ownership
@@ -152,6 +152,8 @@ class DataFolder:
         entry = BatchEntry(number, time.time_ns(), content_type, encoding, source, sequence, body, refused)
         packed = entry.pack()
         with self._order:
+            if number in self.registry.deleted:
+                raise UnknownRunError(run_id)
             duplicate = (
                 source is not None and sequence is not None and self.registry.seen.has(number, source, sequence)
             )
@@ -165,6 +167,25 @@ class DataFolder:
         self.log.sync(end)
         self.registry.arrived(number)
         return Receipt(decoded.accepted, rejected.listed, rejected.count, duplicate)
+
+    def delete_run(self, run_id: str) -> Run:
+        """Make a run unknown, for good when this returns; its rows are left for `upkeep.Upkeep.sweep`.
+
+        A run described by this id later is another one, which takes batches that this one had taken.
+
+        Raises:
+            UnknownRunError: no run of this id.
+            StoreError: it cannot be deleted now.
+        """
+        with self._order:
+            run = self.registry.run(run_id)
+            # Nothing of it may be on its way into the database when its rows are deleted.
+            self.settle()
+            row = f"({run.number}, {quote(run.id)}, {time.time_ns()})"
+            self.store.command(f"INSERT INTO lens.deleted (run, id, deleted_ns) VALUES {row}")
+            self.registry.forget(run)
+            self.arrivals.drop(run.number)
+        return run
 
     def settle(self, patience_s: float | None = None) -> None:
         """Returns when everything acknowledged before this call can be read from the database.
@@ -214,10 +235,14 @@ class DataFolder:
                 cuts.append(Cut.unpack(entry.payload))
             elif entry.kind == RUN:
                 said = RunEntry.unpack(entry.payload)
+                if said.number in self.registry.deleted:
+                    continue
                 self.registry.take_run(said, entry.end)
                 waiting.append((entry.start, Pending(entry.end, said.number, described=True)))
             elif entry.kind == BATCH:
                 batch = BatchEntry.unpack(entry.payload)
+                if batch.number in self.registry.deleted:
+                    continue
                 decoded = decode(unpack(batch.body, batch.encoding, self.limits.unpacked), batch.content_type)
                 if batch.refused:
                     decoded = without(decoded, batch.refused, self.limits.series)

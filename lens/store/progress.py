@@ -41,6 +41,8 @@ class Progress:
     lost_slots: int = 0
     rejected: int = 0
     batches: int = 0
+    pruned: int = 0
+    """How often records past their retention were deleted since the server started."""
     arrived: float | None = None
     """time.monotonic() of the newest batch; None if none came since the server started."""
 

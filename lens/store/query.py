@@ -263,10 +263,11 @@ class Query:
             for each in best.values()
         ]
 
-    def state_of(self, run: str) -> tuple[int, int]:
-        """Two numbers that change when something is said about a run: its version, and its batches."""
+    def state_of(self, run: str) -> tuple[int, int, int]:
+        """Numbers that change when a run's records do: its version, its batches, how often old ones were deleted."""
         known = self._folder.registry.run(run)
-        return known.version, self._folder.registry.progress(known.number).batches
+        progress = self._folder.registry.progress(known.number)
+        return known.version, progress.batches, progress.pruned
 
     def _evaluated(self, run: str, upto_step: int | None, *names: str) -> list[dict[str, Any]]:
         keys = [(name, run, upto_step, self.state_of(run)) for name in names]

@@ -19,6 +19,9 @@ from lens.store.runs import Run, merged
 from lens.store.seen import SeenBatches
 from lens.tables import Tables
 
+_KNOWN = "run NOT IN (SELECT run FROM lens.deleted)"
+"""Rows of a deleted run may be there for a while yet."""
+
 
 class Registry:
     """The store's memory of one data folder."""
@@ -28,6 +31,8 @@ class Registry:
         self.seen = SeenBatches()
         self.counted = 0
         """Offset in the log up to which the batches loaded from the database reach."""
+        self.deleted: set[int] = set()
+        """Numbers of runs that are gone; nothing gets one of them again."""
         self._runs: dict[str, Run] = {}
         self._progress: dict[int, Progress] = {}
         self._series: dict[int, dict[int, Series]] = {}
@@ -36,30 +41,34 @@ class Registry:
     def load(cls, store: Store) -> Registry:
         """What the database holds."""
         registry = cls()
-        for row in store.query("SELECT run, json, version FROM lens.runs FINAL ORDER BY run").to_pylist():
+        registry.deleted = set(store.query("SELECT run FROM lens.deleted").column(0).to_pylist())
+        runs = f"SELECT run, json, version FROM lens.runs FINAL WHERE {_KNOWN} ORDER BY run"
+        for row in store.query(runs).to_pylist():
             kept = json.loads(row["json"])
             run = Run(row["run"], kept["created_ns"], kept["described"], row["version"])
             registry._runs[run.id] = run
             registry._progress[run.number] = Progress()
             registry._series[run.number] = {}
-        for row in store.query("SELECT * EXCEPT version FROM lens.progress FINAL").to_pylist():
+        for row in store.query(f"SELECT * EXCEPT version FROM lens.progress FINAL WHERE {_KNOWN}").to_pylist():
             run_number, rank = row.pop("run"), row.pop("rank")
             registry._progress[run_number].ranks[rank] = RankProgress(**row)
         registry._load_batches(store)
-        for row in store.query("SELECT * FROM lens.series FINAL").to_pylist():
+        for row in store.query(f"SELECT * FROM lens.series FINAL WHERE {_KNOWN}").to_pylist():
             texts = {name: row[name] or None for name in ("host", "device", "labels")}
             registry._series[row["run"]][row["mid"]] = Series(row["mid"], row["metric"], **texts)
         return registry
 
     def _load_batches(self, store: Store) -> None:
         totals = store.query("SELECT run, sum(lost) AS lost, sum(rejected) AS rejected, count() AS batches "
-                             "FROM lens.batches GROUP BY run")  # fmt: skip
+                             f"FROM lens.batches WHERE {_KNOWN} GROUP BY run")  # fmt: skip
         for row in totals.to_pylist():
             progress = self._progress[row["run"]]
             progress.lost_slots, progress.rejected = row["lost"], row["rejected"]
             progress.batches = row["batches"]
         self.counted = int(store.scalar("SELECT max(position) FROM lens.batches") or 0)
-        taken = store.query("SELECT run, source, sequence FROM lens.batches WHERE sequence >= 0 ORDER BY ALL")
+        taken = store.query(
+            f"SELECT run, source, sequence FROM lens.batches WHERE sequence >= 0 AND {_KNOWN} ORDER BY ALL"
+        )
         columns = (taken.column(name).to_pylist() for name in ("run", "source", "sequence"))
         for run, source, sequence in zip(*columns, strict=True):
             self.seen.add(run, source, sequence)
@@ -85,8 +94,8 @@ class Registry:
         return run
 
     def next_number(self) -> int:
-        """A number that no run has."""
-        return max((run.number for run in self._runs.values()), default=0) + 1
+        """A number that no run has or had."""
+        return max(self.deleted.union(run.number for run in self._runs.values()), default=0) + 1
 
     def progress(self, number: int) -> Progress:
         """How far the run of this number is."""
@@ -140,6 +149,13 @@ class Registry:
     def arrived(self, number: int) -> None:
         """Note that a batch of this run has come just now."""
         self._progress[number].arrived = time.monotonic()
+
+    def forget(self, run: Run) -> None:
+        """Note that a run is gone. How far it came stays, for readers that have only just asked."""
+        with self.lock:
+            self.deleted.add(run.number)
+            self._runs.pop(run.id, None)
+            self._series[run.number] = {}
 
     def run_rows(self, numbers: set[int]) -> list[dict[str, Any]]:
         """Rows of the table `runs` for these runs, as they are known now."""

@@ -26,6 +26,7 @@ from lens.store.errors import (
     UnknownStepError,
 )
 from lens.store.runs import BadRunError
+from lens.store.upkeep.retention import BadRetentionError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _STATUSES: dict[type[StoreError], int] = {
     UnknownStepError: 404,
     BadQueryError: 400,
     BadRunError: 400,
+    BadRetentionError: 400,
     UndecodableError: 400,
     TooLargeError: 413,
     StoreBehindError: 503,
