@@ -23,6 +23,7 @@ from lens.cli import (
     postmortem,
     query,
     run,
+    selftest,
     serve,
     store,
     top,
@@ -45,6 +46,7 @@ VERBS: dict[str, ModuleType] = {
     "export": export,
     "store": store,
     "postmortem": postmortem,
+    "selftest": selftest,
     "doctor": doctor,
 }
 

@@ -1,0 +1,136 @@
+"""How right the diagnosis is: faults put into simulated clusters, and the scorecard of what was said of them.
+
+Each case is a run of `sample_runs.cluster`, whose physics is open and whose truth is known, judged by the same engine
+as `lens diagnose`. Healthy runs are judged at every step at which a reply could change. The same seed gives the same
+scorecard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from lens.cli.errors import DONE, MISSING, UNUSABLE, CommandError, missing_extra
+from lens.cli.scorecard import Calm, Judged, describe, scorecard
+
+if TYPE_CHECKING:
+    from sample_runs.cluster import Case
+
+HELP = "how right the diagnosis is: a scorecard over simulated faults"
+MOST_PROCESSES = 4
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--cases", type=int, default=92, metavar="N", help="faulty runs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of all cases (default: %(default)s)")
+    parser.add_argument(
+        "--healthy-steps", type=int, default=4000, metavar="N", help="steps of healthy runs (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Judge all cases and print the scorecard."""
+    if arguments.cases < 0 or arguments.healthy_steps < 0:
+        raise CommandError("a number of cases or steps is below 0", "lens selftest --cases 46", UNUSABLE)
+    try:
+        from sample_runs.cluster import draw_cases, draw_healthy
+    except ImportError as error:
+        if (error.name or "").startswith("sample_runs"):
+            raise CommandError(
+                "the simulated cluster (the package sample_runs) is not installed",
+                "install lens from its wheel or its repository, which bring it",
+                MISSING,
+            ) from error
+        raise missing_extra(error, "server") from error
+    cases = [*draw_cases(arguments.cases, arguments.seed), *draw_healthy(arguments.healthy_steps, arguments.seed)]
+    judged: list[Judged] = []
+    calm: list[Calm] = []
+    for number, result in enumerate(_all_judged(cases), 1):
+        if isinstance(result, Judged):
+            judged.append(result)
+        else:
+            calm.append(result)
+        if sys.stderr.isatty():
+            print(f"\r{number} of {len(cases)} runs", end="" if number < len(cases) else "\n", file=sys.stderr)
+    card = {"seed": arguments.seed, **scorecard(judged, calm)}
+    if arguments.json:
+        print(json.dumps({**card, "judged": [asdict(one) for one in judged]}, ensure_ascii=False))
+    else:
+        print(describe(card))
+    return DONE
+
+
+def _all_judged(cases: Sequence[Case]) -> Iterator[Judged | Calm]:
+    """The cases in order, several at once where there are processors."""
+    processes = min(
+        MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(cases)
+    )
+    if processes < 2:
+        yield from map(judge, cases)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(judge, cases)
+
+
+def judge(case: Case) -> Judged | Calm:
+    """Simulate a case and ask the engine."""
+    return _calm(case) if case.fault is None else _judged(case)
+
+
+def _judged(case: Case) -> Judged:
+    from lens.diagnosis import diagnose
+    from sample_runs.cluster import simulate
+
+    assert case.fault is not None
+    assert case.cause is not None
+    outcome = simulate(case.cluster)
+    reply = diagnose(case.cluster.run(), outcome.tables)
+    # What is true of the cluster beside the fault (cards of two makes) is information, not the verdict.
+    found: list[dict[str, Any]] = [
+        item for item in reply["hypotheses"] if item["severity"] != "info" or item["cause"] == case.cause
+    ]
+    first: dict[str, Any] = found[0] if found else {"ranks": [], "confidence": None, "detected_step": None}
+    seen: dict[int, str] = {}
+    for item in found:
+        seen.setdefault(item["finding"], item["cause"])
+    return Judged(
+        fault=case.fault.name, noise=case.cluster.noise, world=case.cluster.layout.ranks, cause=case.cause,
+        ranks=case.ranks, onset=case.fault.step, cost=case.cost(outcome), causes=list(seen.values()),
+        said_ranks=first["ranks"], confidence=first["confidence"], detected=first["detected_step"],
+    )  # fmt: skip
+
+
+def _calm(case: Case) -> Calm:
+    """The findings that a reply up to any step of a healthy run would have held."""
+    from lens.diagnosis import diagnose
+    from lens.diagnosis.examine import Examiner
+    from lens.diagnosis.judge import CAUSES, Judge
+    from lens.diagnosis.notices import grid
+    from lens.diagnosis.select import Timeline
+    from lens.diagnosis.topology import Topology
+    from sample_runs.cluster import simulate
+
+    tables, run, steps = simulate(case.cluster).tables, case.cluster.run(), case.cluster.steps
+    reply = diagnose(run, tables)
+    timeline = Timeline.of(tables)
+    examiner = Examiner.of(tables, timeline, Topology.of(run, tables))
+    judge, raised = Judge(examiner), examiner.first_raised()
+    places = set(grid(steps).tolist()) | set(range(steps if raised is None else raised, steps))
+    held: set[tuple[str, tuple[int, ...]]] = set()
+    for place in sorted(places):
+        told = {(n.cause, n.rows) for n in judge.at(place)[1] if CAUSES[n.cause].severity == "info"}
+        held |= judge.named(place) - told
+    said = [item for item in reply["hypotheses"] if item["severity"] != "info"]
+    # What ends a run is in the last reply alone.
+    held |= {(item["cause"], tuple(item["ranks"])) for item in said if item["severity"] == "error"}
+    return Calm(
+        case.cluster.noise, steps, sorted(cause for cause, _ in held), [item["confidence"] for item in said[:1]]
+    )

@@ -1,0 +1,78 @@
+"""lens selftest: the scorecard's arithmetic, and the verb on a few cases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from lens.cli.errors import DONE, MISSING, UNUSABLE
+from lens.cli.main import main
+from lens.cli.scorecard import Calm, Judged, calibration_error, describe, scorecard
+
+
+def judged(cause: str, *causes: str, **more: Any) -> Judged:
+    about: dict[str, Any] = {
+        "fault": cause, "noise": "clean", "world": 16, "ranks": [3], "onset": 50, "cost": 0.3, "said_ranks": [3],
+        "confidence": 0.9, "detected": 54,
+    }  # fmt: skip
+    return Judged(cause=cause, causes=list(causes), **{**about, **more})
+
+
+CASES = [
+    judged("slow_link", "slow_link"),
+    judged("slow_link", "slow_device", "slow_link", confidence=0.6),
+    judged("slow_device", "slow_device", said_ranks=[4], detected=60),
+    judged("slow_device", cost=0.02, confidence=None, said_ranks=[], detected=None),
+    judged("unexplained", "unexplained", fault="odd_card"),
+    judged("unexplained", "slow_device", fault="odd_card"),
+]
+CALM = [Calm("spiky", 2000, ["slow_link"], [0.5]), Calm("clean", 2000, [], [])]
+
+
+def test_shares_count_what_they_say() -> None:
+    card = scorecard(CASES, CALM)
+    assert (card["cases"], card["cases_too_cheap"]) == (5, 1)
+    assert card["top1_cause"] == pytest.approx(2 / 3)
+    assert card["cause_and_ranks"] == pytest.approx(1 / 3)
+    assert card["exact_ranks"] == pytest.approx(2 / 3)
+    assert card["unknown_flagged"] == 0.5
+    assert card["latency_steps_median"] == 7
+    assert card["false_alarms_per_1000_steps"] == 0.25
+    assert card["noise"]["spiky"] == {"steps": 2000, "per_1000": 0.5, "alarms": {"slow_link": 1}}
+    assert (card["causes"]["slow_link"]["recall"], card["causes"]["slow_link"]["top1"]) == (1.0, 0.5)
+    assert card["causes"]["slow_device"]["precision"] == pytest.approx(1 / 3)
+    assert card["look_alikes"]["GPU / link"]["slow_link"] == {"cases": 2, "right": 1, "as_slow_device": 1}
+
+
+def test_calibration_is_the_distance_of_confidence_from_being_right() -> None:
+    assert calibration_error([(0.9, True)] * 9 + [(0.9, False)]) == pytest.approx(0)
+    assert calibration_error([(0.9, False)] * 4) == pytest.approx(0.9)
+    assert calibration_error([(1.0, True), (0.5, False)]) == pytest.approx(0.25)
+    assert calibration_error([]) is None
+
+
+def test_nothing_to_share_is_no_number() -> None:
+    card = scorecard([], [])
+    assert card["top1_cause"] is None
+    assert card["false_alarms_per_1000_steps"] is None
+    assert "| cause named first | - |" in describe(card)
+
+
+def test_the_verb_judges_simulated_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--cases", "3", "--healthy-steps", "80", "--seed", "2", "--json"]) == DONE
+    card = json.loads(capsys.readouterr().out)
+    assert [one["fault"] for one in card["judged"]] == ["slow_device", "thermal_throttle", "power_cap"]
+    assert all(one["causes"][0] == one["cause"] and one["said_ranks"] == one["ranks"] for one in card["judged"])
+    assert (card["seed"], card["healthy_steps"], card["top1_cause"]) == (2, 80, 1.0)
+
+
+def test_without_the_simulator_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sample_runs.cluster", None)
+    assert main(["selftest"]) == MISSING
+    assert "sample_runs" in capsys.readouterr().err
+    assert main(["selftest", "--cases", "-1"]) == UNUSABLE
