@@ -21,6 +21,7 @@ from lens.tables import STEP_ATTRIBUTES, Tables
 
 COMPUTE_PHASES = ("forward", "backward", "optimizer")
 LOADING_PHASES = ("data",)
+COPY_PHASES = ("h2d",)
 APART_PHASES = ("checkpoint", "eval")
 """Phases with a schedule of their own: never part of what a step is judged by."""
 SECONDS = 1e-9

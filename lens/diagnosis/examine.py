@@ -16,10 +16,10 @@ import numpy as np
 from lens.diagnosis import changes, measures, peers, policy, replay, signatures
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
-from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, LOADING_PHASES, SECONDS, Frame
-from lens.diagnosis.measures import Measure, Scene
+from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
 from lens.diagnosis.routing import ExpertLoad
+from lens.diagnosis.scenes import Measure, Scene
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained
@@ -29,6 +29,8 @@ from lens.tables import Tables
 
 PROPORTIONAL = {"compute"}
 """Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
+LOADING = {"data", "h2d"}
+"""Parts that come before the computing of a step."""
 SAME_ONSET_STEPS = 5
 
 
@@ -239,7 +241,7 @@ class Examiner:
             return []
         long_enough = len(steps) >= policy.STANDING_STEPS
         findings = []
-        for feature in ("compute", "data"):
+        for feature in ("compute", "data", "h2d"):
             values = self.features.get(feature)
             if values is None:
                 continue
@@ -281,7 +283,7 @@ class Examiner:
         noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
         sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
         extra = self._extra_of(finding, after, own)
-        ratio = self.cost_ratio(after, extra, at_begin=finding.feature == "data")
+        ratio = self.cost_ratio(after, extra, at_begin=finding.feature in LOADING)
         if ratio is not None and ratio - 1 < policy.WORTH_KEEPING:
             return None
         return Verdict(finding, explained, taken, after, extra, share, sure, ratio)
@@ -343,15 +345,20 @@ class Examiner:
 
 
 def parts_of_step(frame: Frame) -> dict[str, Floats]:
-    """The self times that are watched: compute, data and host (what lies between phases and steps)."""
+    """The self times that are watched: compute, data, h2d (copies to the card) and host (what lies between phases and
+    steps)."""
     parts: dict[str, Floats] = {}
     compute, data = frame.own_sum(COMPUTE_PHASES), frame.own_sum(LOADING_PHASES)
-    named = [name for name in frame.own if name not in (*COMPUTE_PHASES, *LOADING_PHASES, *APART_PHASES)]
+    watched = (*COMPUTE_PHASES, *LOADING_PHASES, *COPY_PHASES, *APART_PHASES)
+    named = [name for name in frame.own if name not in watched]
     if not len(frame.collectives) and not frame.wait:
         # Without collectives nobody can tell computing from waiting in backward; forward is mostly the rank's own.
         compute = frame.own.get("forward", compute)
     if data is not None:
         parts["data"] = data
+    copies = frame.own_sum(COPY_PHASES)
+    if copies is not None:
+        parts["h2d"] = copies
     rest = frame.self_time - sum((np.nan_to_num(own) for own in frame.own.values()), np.zeros(frame.shape))
     rest = np.maximum(rest, 0) + _gaps(frame)
     rest = rest + sum((np.nan_to_num(frame.own[name]) for name in named), np.zeros(frame.shape))

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lens.diagnosis import balance, checkpoints, experts, learning, memory, notices, pauses
+from lens.diagnosis import balance, cards, checkpoints, experts, learning, memory, notices, pauses
 from lens.diagnosis.examine import Examiner, Verdict, confirmed
 from lens.diagnosis.notices import Cause, Family, Notice
 
 FAMILIES: tuple[type[Family], ...] = (
-    checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, learning.Learning,
+    cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, learning.Learning,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
-    **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES, **learning.CAUSES,
+    **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES, **learning.CAUSES,
 }  # fmt: skip
 
 

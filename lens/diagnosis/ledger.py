@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lens.diagnosis.arrays import Floats
-from lens.diagnosis.decompose import COMPUTE_PHASES, SECONDS, Frame
+from lens.diagnosis.decompose import COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.diagnosis.select import Timeline, through
 from lens.diagnosis.topology import Topology
 from lens.slots import NULL
@@ -60,7 +60,7 @@ def _recorded(frame: Frame, done: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[s
     gc = frame.count.get("gc_ns")
     return {
         "compute": compute,
-        "data": frame.own_sum(("data", "h2d")),
+        "data": frame.own_sum((*LOADING_PHASES, *COPY_PHASES)),
         "checkpoint": frame.own_sum(("checkpoint",)),
         "gc": None if gc is None else gc * SECONDS,
         "straggler_wait": _sum(waits),

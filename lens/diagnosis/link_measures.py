@@ -16,8 +16,9 @@ from lens.diagnosis.arrays import Floats, Ints, finite_mean, finite_median, medi
 from lens.diagnosis.counters import Counters, Ports
 from lens.diagnosis.hints import Window
 from lens.diagnosis.locate import Located
-from lens.diagnosis.measures import MEASURES, Measure, Scene
+from lens.diagnosis.measures import MEASURES
 from lens.diagnosis.places import CARD, FABRIC, PORT, SWITCH, UPLINK, Place
+from lens.diagnosis.scenes import Measure, Scene
 from lens.diagnosis.transfers import Transfers
 
 BUS_BYTES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}

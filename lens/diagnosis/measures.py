@@ -7,65 +7,18 @@ A measure's `level` says how far it moved on a scale where 1 is "as far as it wo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
+from lens.diagnosis import card_measures
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, finite_median
-from lens.diagnosis.decompose import Frame
-from lens.diagnosis.routing import ExpertLoad
-from lens.diagnosis.signals import Signals
+from lens.diagnosis.scenes import MOST_PEERS, Measure, Scene, bounds
 
 BIT_POWER_CAP, BIT_THERMAL, BIT_POWER_BRAKE = 0x4, 0x60, 0x80
 BEFORE_STEPS = 128
-MOST_PEERS = 64
 SCATTERS, BY_NATURE = 2.0, 0.5
 """So many deviations of what the other ranks lose may be a rank's by chance; where its past is not known, it may always
 have lost this share more than they do."""
-ONSET_MARGIN_STEPS = 8
-"""An onset in noise is found this many steps late at worst; samples taken there belong to neither side."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One feature around a finding. metric names it in the evidence; title in sentences; unit in both."""
-
-    metric: str
-    title: str
-    unit: str
-    baseline: float | None
-    observed: float | None
-    level: float | None
-
-    @property
-    def effect(self) -> float | None:
-        """Relative change, None where there is nothing to relate it to."""
-        if self.baseline is None or self.observed is None or self.baseline == 0:
-            return None
-        return self.observed / self.baseline - 1
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A finding's surroundings. rows: its ranks. before, after: places of steps. extra_s: its excess in seconds per
-    step; ratio: self time after over before; step_s: a step's duration after."""
-
-    frame: Frame
-    signals: Signals
-    load: ExpertLoad | None
-    features: dict[str, Floats]
-    rows: tuple[int, ...]
-    before: Ints
-    after: Ints
-    upto: int
-    extra_s: float
-    ratio: float
-    step_s: float
-
-    @property
-    def others(self) -> Array:
-        """All ranks that the finding does not name."""
-        return np.setdiff1d(np.arange(len(self.frame.topology)), self.rows)
 
 
 def take(scene: Scene) -> dict[str, Measure]:
@@ -141,11 +94,11 @@ def _gauge(
     """A gauge of the ranks' cards or processes; scale gives the level from the relative change."""
 
     def make(scene: Scene) -> Measure:
-        first, last = _bounds(scene.after)
+        first, last = bounds(scene.after)
         after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in scene.rows])
-        low, high = _surely_before(scene)
+        low, high = scene.surely_before
         before = _middle([scene.signals.gauge(metric, row, low, high) for row in scene.rows])
-        like = [row for row in _like(scene) if row not in scene.rows]
+        like = scene.like
         peers_after = _settled([scene.signals.gauge(metric, row, first + 1, last) for row in like])
         if after is None or (before is None and peers_after is None):
             return Measure(metric, title, unit, before, after, None)
@@ -166,25 +119,41 @@ def _gauge(
 
 
 def _bits(mask: int, title: str) -> Callable[[Scene], Measure]:
-    """Share of the samples of gpu.throttle.reasons that have a bit; peers that have it too take it away."""
+    """Share of the samples of gpu.throttle.reasons that have a bit, or of the time where a counter tells that instead;
+    peers that have it too take it away."""
 
     def make(scene: Scene) -> Measure:
         def share(rows: list[int], low: int, high: int) -> float | None:
             values = [scene.signals.gauge("gpu.throttle.reasons", row, low, high) for row in rows]
             known = np.concatenate(values) if values else np.zeros(0)
+            if scene.signals.series("gpu.throttle.reasons") is None:
+                return card_measures.throttled_share(scene.signals, mask, rows, low, high)
             return float(((known.astype(np.int64) & mask) != 0).mean()) if len(known) else None
 
-        first, last = _bounds(scene.after)
+        first, last = bounds(scene.after)
         after = share(list(scene.rows), first + 1, last)
-        before = share(list(scene.rows), *_surely_before(scene))
+        before = share(list(scene.rows), *scene.surely_before)
         if after is None:
             return Measure("gpu.throttle.reasons", title, "", before, after, None)
         reference = before
         if reference is None:
-            reference = share([row for row in _like(scene) if row not in scene.rows], first + 1, last) or 0.0
+            reference = share(scene.like, first + 1, last) or 0.0
         return Measure("gpu.throttle.reasons", title, "", reference, after, _clip((after - reference) / 0.5))
 
     return make
+
+
+_cap_bit = _bits(BIT_POWER_CAP, "power capping")
+_power_limit = _gauge("gpu.power.limit", "power limit", "W", lambda _, change: _clip(change / 0.08))
+
+
+def _capped(scene: Scene) -> Measure:
+    """Whether the card runs into its power limit more than before, or into a lower one: a card at full load may always
+    run into it."""
+    bit, limit = _cap_bit(scene), _power_limit(scene)
+    if limit.level is None or limit.level > -0.9 or (bit.observed is not None and bit.observed < 0.5):
+        return bit
+    return Measure(limit.metric, limit.title, limit.unit, limit.baseline, limit.observed, 1.0)
 
 
 def _stolen(metric: str, title: str) -> Callable[[Scene], Measure]:
@@ -196,7 +165,7 @@ def _stolen(metric: str, title: str) -> Callable[[Scene], Measure]:
 
     def make(scene: Scene) -> Measure:
         def rates(rows: Iterable[int], steps: Ints) -> Floats:
-            found = [scene.signals.rate(metric, row, *_bounds(steps)) for row in rows]
+            found = [scene.signals.rate(metric, row, *bounds(steps)) for row in rows]
             return np.array([np.nan if value is None else value for value in found])
 
         others = [int(row) for row in scene.others[:: max(1, len(scene.others) // MOST_PEERS)]]
@@ -219,24 +188,6 @@ def _scatter(values: Floats) -> float | None:
     middle = finite_median(values)
     apart = None if middle is None else finite_median(np.abs(values - middle))
     return None if apart is None else 1.4826 * apart
-
-
-def _like(scene: Scene) -> list[int]:
-    kind = scene.frame.topology.kind
-    alike = np.flatnonzero(np.isin(kind, kind[list(scene.rows)]))
-    # A median of so many is as good as one of all.
-    return [int(row) for row in alike[:: max(1, len(alike) // MOST_PEERS)]]
-
-
-def _bounds(steps: Ints) -> tuple[int, int]:
-    """First and last place of a run of steps; an empty range where there are none."""
-    return (int(steps[0]), int(steps[-1])) if len(steps) else (1, 0)
-
-
-def _surely_before(scene: Scene) -> tuple[int, int]:
-    """The same for the steps before an onset that may be some steps late: no sample of the finding is among them."""
-    low, high = _bounds(scene.before)
-    return low, high - ONSET_MARGIN_STEPS
 
 
 def _middle(parts: list[Floats]) -> float | None:
@@ -269,6 +220,7 @@ def _expert_tokens(scene: Scene) -> Floats | None:
 MEASURES: dict[str, Callable[[Scene], Measure]] = {
     "compute": _time("compute", "comm.self", "its own compute time per step"),
     "data": _time("data", "phase.duration", "its data phase"),
+    "h2d": _time("h2d", "phase.duration", "its copies to the card"),
     "host": _time("host", "comm.self", "its time between the phases"),
     "tokens": _work(_tokens, "train.tokens", "tokens per step"),
     "seq_sq": _work(_squares, "train.sequence.squared", "squared sequence length"),
@@ -281,8 +233,11 @@ MEASURES: dict[str, Callable[[Scene], Measure]] = {
     "power": _gauge("hw.power", "power draw", "W", lambda _, change: _clip(change / 0.2)),
     "queue": _gauge("train.data.queue_depth", "loader queue", "batches", lambda _, change: _clip(change / 0.6)),
     "thermal_bit": _bits(BIT_THERMAL, "thermal throttling"),
-    "power_cap_bit": _bits(BIT_POWER_CAP, "power capping"),
+    "power_cap_bit": _capped,
     "power_brake_bit": _bits(BIT_POWER_BRAKE, "power brake"),
+    "memory_faults": card_measures.memory_faults,
+    "pcie": card_measures.host_link,
+    "foreign": card_measures.foreign,
     "run_delay": _stolen("process.cpu.run_delay", "time runnable but not running"),
     "throttled": _stolen("container.cpu.throttled.time", "CPU quota throttling"),
 }

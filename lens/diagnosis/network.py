@@ -21,9 +21,10 @@ from lens.diagnosis.decompose import Frame
 from lens.diagnosis.hints import Window
 from lens.diagnosis.link_measures import LinkScene
 from lens.diagnosis.locate import Effects, Located, locate, relative
-from lens.diagnosis.measures import BEFORE_STEPS, ONSET_MARGIN_STEPS, Measure
+from lens.diagnosis.measures import BEFORE_STEPS
 from lens.diagnosis.places import Place, Places
 from lens.diagnosis.routing import ExpertLoad
+from lens.diagnosis.scenes import ONSET_MARGIN_STEPS, Measure
 from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained, Scored
 from lens.diagnosis.transfers import Transfers

@@ -20,7 +20,7 @@ from lens.diagnosis.notices import Cause, Evidence, Notice
 CAUSES = {
     "python_gc": Cause(
         "Freeze what lives long (gc.freeze) and collect on a schedule that all ranks share instead of on {ranks} alone.",
-        absorbs=("compute", "host", "data"),
+        absorbs=("compute", "host", "data", "h2d"),
     ),
     "recompilation": Cause(
         "Mark the changing dimension as dynamic or pad it on {ranks}, so that nothing is compiled again.",

@@ -53,14 +53,36 @@ class Signals:
     def __init__(self, tables: Tables, timeline: Timeline, topology: Topology) -> None:
         self._tables, self._timeline, self._topology = tables, timeline, topology
         self._series: dict[str, Series | None] = {}
+        self._parts: dict[str, list[tuple[dict[str, str], Series]]] = {}
         devices = {name: row for row, name in enumerate(topology.device) if name}
         self._row_of_device = np.array([devices.get(text, -1) for text in tables.strings] + [-1], np.int64)
+        self._xids = self._read_xids()
 
     def series(self, metric: str) -> Series | None:
         """The samples of a metric that belong to a rank (by itself or by its card); None without any."""
         if metric not in self._series:
             self._series[metric] = self._read(metric)
         return self._series[metric]
+
+    def parts(self, metric: str) -> list[tuple[dict[str, str], Series]]:
+        """The samples of a metric that counts several things (processes, kinds of rows), by their labels."""
+        if metric not in self._parts:
+            mine = self._judged(metric)
+            labels = self._tables.samples["labels"][mine]
+            found = [(code, self._series_of(mine[labels == code])) for code in np.unique(labels).tolist()]
+            self._parts[metric] = [
+                (json.loads(self._tables.strings[code]) if code >= 0 else {}, series)
+                for code, series in found if series is not None
+            ]  # fmt: skip
+        return self._parts[metric]
+
+    def xids(self, row: int) -> list[tuple[int, int]]:
+        """Errors that a rank's card reported: the step from which each is visible, and its number, in order of time."""
+        return self._xids.get(row, [])
+
+    def xid_rows(self) -> list[int]:
+        """Ranks whose cards reported any."""
+        return sorted(self._xids)
 
     def gauge(self, metric: str, row: int, low: int, high: int) -> Floats:
         """Values seen from step index low to high."""
@@ -82,17 +104,26 @@ class Signals:
         return float(np.maximum(np.diff(value), 0).sum() / ((t_ns[-1] - t_ns[0]) * 1e-9))
 
     def _read(self, metric: str) -> Series | None:
+        mine = self._judged(metric)
+        if metric in LABELLED and len(mine):
+            mine = mine[self._wanted(self._tables.samples["labels"][mine], LABELLED[metric], metric in STRICT)]
+        return self._series_of(mine, metric in HOST_WIDE)
+
+    def _judged(self, metric: str) -> Ints:
+        """Rows of the table of samples with finite values of a metric."""
         table = self._tables.samples
-        mine = np.flatnonzero(table["metric"] == self._tables.code(metric))
+        mine: Ints = np.flatnonzero(table["metric"] == self._tables.code(metric))
         mine = mine[np.isfinite(table["value"][mine])]
         if len(self._timeline):
             # Once the last step is over, idle cards and processes say nothing about it.
             mine = mine[table["t_ns"][mine] <= self._timeline.ended_ns[-1]]
-        if metric in LABELLED and len(mine):
-            mine = mine[self._wanted(table["labels"][mine], LABELLED[metric], metric in STRICT)]
+        return mine
+
+    def _series_of(self, mine: Ints, host_wide: bool = False) -> Series | None:
+        table = self._tables.samples
         row = self._topology.row(table["rank"][mine])
         row = np.where(table["rank"][mine] >= 0, row, self._row_of_device[table["device"][mine]])
-        if metric in HOST_WIDE:
+        if host_wide:
             mine, row = self._to_ranks(mine, row)
         mine, row = mine[row >= 0], row[row >= 0]
         if not len(mine):
@@ -107,6 +138,20 @@ class Signals:
         ordered = np.lexsort((t_ns[order], step, row[order]))
         order, step = order[ordered], step[ordered]
         return Series(row[order], step, t_ns[order], value[order])
+
+    def _read_xids(self) -> dict[int, list[tuple[int, int]]]:
+        table = self._tables.events
+        mine = np.flatnonzero(table["kind"] == self._tables.code("gpu.xid"))
+        mine = mine[np.lexsort((table["attrs"][mine], table["t_ns"][mine]))]
+        row = self._topology.row(table["rank"][mine])
+        row = np.where(table["rank"][mine] >= 0, row, self._row_of_device[table["device"][mine]])
+        step = self._timeline.visible_from(table["step"][mine], table["t_ns"][mine])
+        found: dict[int, list[tuple[int, int]]] = {}
+        for place, at, code in zip(row.tolist(), step.tolist(), table["attrs"][mine].tolist(), strict=True):
+            xid = json.loads(self._tables.strings[code]).get("xid") if code >= 0 else None
+            if place >= 0 and isinstance(xid, (int, float)):
+                found.setdefault(place, []).append((at, int(xid)))
+        return found
 
     def _to_ranks(self, mine: Ints, row: Ints) -> tuple[Ints, Ints]:
         """Samples of a host stand once for each of its ranks."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.diagnosis import policy
-from lens.diagnosis.measures import Measure
+from lens.diagnosis.scenes import Measure
 
 RISES, FALLS, STILL, NO_MORE = 1, -1, 0, 2
 UNMOVED = 0.35
@@ -120,13 +120,45 @@ SIGNATURES: tuple[Signature, ...] = (
         "Check the power supplies of {component}: the board asked its card to brake.",
     ),
     Signature(
+        "ecc_remap", ("compute", "h2d", "host"), -0.5,
+        (
+            _rises("memory_faults", 5.0, 5.0, 4.0), _still("clock", 1.0), _no_more("tokens"), _no_more("run_delay", 1.0),
+            _no_more("throttled", 1.0),
+        ),
+        "Drain {component}, reset it and run its memory diagnostics; replace it when rows keep failing.",
+    ),
+    Signature(
+        "shared_device", ("compute", "h2d", "host"), -0.5,
+        (
+            _rises("foreign", 5.0, 5.0, 4.0), _no_more("tokens"), _no_more("expert_tokens"), _no_more("thermal_bit", 1.5),
+            _no_more("run_delay", 1.0), _no_more("throttled", 1.0),
+        ),
+        "Find the other process on {component} (nvidia-smi, rocm-smi) and move it, or give the job cards of its own.",
+    ),
+    Signature(
+        "pcie_downgrade", ("h2d", "data", "compute", "host"), -0.5,
+        (
+            _falls("pcie", 5.0, 5.0, 4.0), _still("clock", 1.5), _no_more("tokens"), _no_more("run_delay", 1.0),
+            _no_more("throttled", 1.0),
+        ),
+        "Reseat {component} or its riser and look at the slot's width and generation (lspci -vv, PCIe replay counters).",
+    ),
+    Signature(
+        "h2d_blocking", ("h2d",), 3.0,
+        (
+            _no_more("compute", 2.0), _still("pcie", 4.0), _no_more("foreign", 3.0), _no_more("run_delay", 3.0),
+            _no_more("throttled", 3.0), _no_more("gc", 2.0), _no_more("tokens", 1.0),
+        ),
+        "Pin the host memory of rank {ranks} and copy with non_blocking=True, a batch ahead of the step that needs it.",
+    ),
+    Signature(
         "hot_expert", ("compute",), -0.5,
         (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _no_more("run_delay", 1.0), _no_more("throttled", 1.0)),
         "Balance the router (auxiliary loss, capacity factor) or spread the experts of rank {ranks} over more cards.",
         bar=1.2,
     ),
     Signature(
-        "cpu_contention", ("compute", "data", "host", "transfer"), -0.5,
+        "cpu_contention", ("compute", "data", "h2d", "host", "transfer"), -0.5,
         (
             _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 4.0), _no_more("gc", 2.0),
             _no_more("tokens", 1.0),
@@ -135,7 +167,7 @@ SIGNATURES: tuple[Signature, ...] = (
         bar=policy.UNCONFIRMED_BAR,
     ),
     Signature(
-        "cpu_quota", ("compute", "data", "host", "transfer"), -0.5,
+        "cpu_quota", ("compute", "data", "h2d", "host", "transfer"), -0.5,
         (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 2.0)),
         "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
     ),
@@ -148,7 +180,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "Give rank {ranks} more loader workers or faster storage, and look at what its samples cost to prepare.",
     ),
     Signature(
-        "python_gc", ("compute", "host", "data"), -0.5,
+        "python_gc", ("compute", "host", "data", "h2d"), -0.5,
         (_rises("gc", 5.0, 5.0, 4.0), _still("clock", 1.0)),
         "Freeze or schedule Python's garbage collection on rank {ranks} (gc.freeze, gc.disable with a planned collect).",
     ),

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from cards import SLOWS_CLOCK, Cards
 from fabric import Fabric
+from noises import NOISE
 
 from lens.slots import NULL
 from lens.tables import DTYPES, SCHEMA, Tables
 
+SLOWS_COMPUTE = (*SLOWS_CLOCK, "unknown", "hot_expert", "ecc", "shared")
 START_NS = 1_700_000_000_000_000_000
 
 
@@ -63,6 +66,10 @@ class Cluster:
     small: int = 0
     weather: str = "calm"
     pipe: bool = False
+    xids: bool = True
+    capped: bool = False
+    throttle_counters: bool = False
+    copies: float = 0.0
 
     def run(self) -> dict[str, Any]:
         """The run object."""
@@ -84,12 +91,12 @@ class Cluster:
 
     def tables(self) -> Tables:
         """All records of the run."""
-        return _Simulation(self).records()
+        return Simulation(self).records()
 
     def step_seconds(self, without_faults: bool) -> np.ndarray:
         """Mean duration of each step over ranks, with or without the faults and otherwise the same."""
         cluster = Cluster(**{**self.__dict__, "faults": () if without_faults else self.faults})
-        simulation = _Simulation(cluster)
+        simulation = Simulation(cluster)
         simulation.records()
         return simulation.durations.mean(axis=1)
 
@@ -162,7 +169,7 @@ class Writer:
         return result
 
 
-class _Simulation:
+class Simulation:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.writer = cluster, Writer()
         self.random = np.random.default_rng([cluster.seed, 77])
@@ -181,7 +188,7 @@ class _Simulation:
         self.seq = dict.fromkeys(self.groups, 0)
         self.durations = np.zeros((cluster.steps, count))
         self.fabric = Fabric(cluster)
-        self.next_second = 0.0
+        self.cards = Cards(cluster)
         self.dead: set[int] = set()
 
     def records(self) -> Tables:
@@ -206,7 +213,7 @@ class _Simulation:
         # What a step is made of: 2 % data, 60 % compute, the rest transfer and optimizer.
         slow = np.ones(c.ranks)
         for fault in c.faults:
-            if fault.kind in ("compute", "thermal", "power_cap", "unknown", "hot_expert") and fault.active(step):
+            if fault.kind in SLOWS_COMPUTE and fault.active(step):
                 slow[list(fault.ranks)] *= fault.strength
         unit = c.step_s * factor * slow / self.speed
         data = c.step_s * 0.02 * self._jitter(0.3)
@@ -214,6 +221,13 @@ class _Simulation:
             if fault.kind == "data" and fault.active(step):
                 data[list(fault.ranks)] += fault.strength
         self._phase(step, "data", lambda: self._busy(data))
+        if c.copies:
+            copies = c.step_s * c.copies * self._jitter(0.1)
+            for fault in c.faults:
+                if fault.kind in ("pcie", "copies") and fault.active(step):
+                    touched = list(fault.ranks) or everybody
+                    copies[touched] *= fault.strength
+            self._phase(step, "h2d", lambda: self._busy(copies))
         segments = 2 * c.layers
 
         def pass_through(share: float, phase: str) -> None:
@@ -259,7 +273,7 @@ class _Simulation:
         self._numerics(step)
         self.clock += 1e-5
         if self.cluster.signals:
-            self._devices(step)
+            self.cards.passed(self, step)
 
     def _jitter(self, sigma: float) -> np.ndarray:
         return np.exp(sigma * self.random.standard_normal(self.cluster.ranks))
@@ -349,142 +363,3 @@ class _Simulation:
         self.writer.add(
             "samples", metric="train.loss", value=mean, rank=np.arange(self.cluster.ranks), step=step, t_ns=times
         )
-
-    def _devices(self, step: int) -> None:
-        """Once a second of event time, what the agent of each host reads."""
-        while self.next_second <= float(self.clock.min()):
-            self.next_second += 1.0
-            c = self.cluster
-            clock, reasons = np.full(c.ranks, 1980.0), np.zeros(c.ranks)
-            heat, power = np.full(c.ranks, 62.0), np.full(c.ranks, 610.0)
-            memory = 4e8 + 3e7 * (1 - np.exp(-step / 40)) + self.random.normal(0, 3e5, c.ranks)
-            for fault in c.faults:
-                ranks = list(fault.ranks)
-                if not fault.active(step):
-                    continue
-                if fault.kind == "leak":
-                    memory[ranks] += fault.strength * (step - fault.step)
-                if fault.kind in ("compute", "thermal", "power_cap"):
-                    clock[ranks] /= fault.strength
-                if fault.kind == "thermal":
-                    reasons[ranks], heat[ranks] = 0x40, 90.0
-                if fault.kind == "power_cap":
-                    reasons[ranks], power[ranks] = 0x4, 450.0
-            ranks = np.arange(c.ranks)
-            hosts = self.writer.codes(c._host(r) for r in range(c.ranks))
-            devices = self.writer.codes(c._device(r) for r in range(c.ranks))
-            times = self.stamp(np.full(c.ranks, self.next_second - 1.0))
-            self.fabric.sample(self.writer, step, times)
-            for metric, values in (
-                ("gpu.clock.sm", clock + self.random.normal(0, 5, c.ranks)),
-                ("gpu.throttle.reasons", reasons),
-                ("hw.temperature", heat + self.random.normal(0, 1, c.ranks)),
-                ("hw.power", power + self.random.normal(0, 10, c.ranks)),
-                ("process.cpu.run_delay", self.fabric.delayed),
-                ("process.memory.usage", memory),
-            ):
-                self.writer.add(
-                    "samples", metric=metric, value=values, rank=ranks, host=hosts, device=devices, t_ns=times
-                )  # fmt: skip
-            if c.heartbeats:
-                attrs = self.writer.code(json.dumps({"state": "running", "step": step}))
-                self.writer.add("events", kind="heartbeat", rank=ranks, host=hosts, attrs=attrs, t_ns=times)
-
-
-Noise = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-
-def _family(
-    sigma: float, spikes: float = 0.0, spike_steps: float = 5.0
-) -> Callable[[Cluster, np.random.Generator], Noise]:
-    def make(cluster: Cluster, random: np.random.Generator) -> Noise:
-        def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            factor = np.exp(sigma * random.standard_normal(cluster.ranks))
-            hit = random.random(cluster.ranks) < spikes
-            return (
-                factor,
-                hit * cluster.step_s * spike_steps * random.random(cluster.ranks),
-                np.zeros(cluster.ranks),
-            )
-
-        return draw
-
-    return make
-
-
-def _correlated(sigma: float, memory: float) -> Callable[[Cluster, np.random.Generator], Noise]:
-    def make(cluster: Cluster, random: np.random.Generator) -> Noise:
-        state = sigma * random.standard_normal(cluster.ranks)
-
-        def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            nonlocal state
-            state = memory * state + sigma * np.sqrt(1 - memory**2) * random.standard_normal(cluster.ranks)
-            return np.exp(state), np.zeros(cluster.ranks), np.zeros(cluster.ranks)
-
-        return draw
-
-    return make
-
-
-def _sequences(cluster: Cluster, random: np.random.Generator) -> Noise:
-    def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        common = np.exp(0.3 * random.standard_normal())
-        factor = common * np.exp(0.08 * random.standard_normal(cluster.ranks))
-        return factor, np.zeros(cluster.ranks), np.zeros(cluster.ranks)
-
-    return draw
-
-
-def _shared(cluster: Cluster, random: np.random.Generator) -> Noise:
-    """Ranks that share cores: in blocks of 5 to 40 steps some run slower, and single steps are preempted."""
-    block = {"left": 0, "factor": np.ones(cluster.ranks)}
-
-    def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if block["left"] <= 0:
-            block["left"] = int(random.integers(5, 40))
-            block["factor"] = 1 + 0.25 * random.random(cluster.ranks) * (random.random(cluster.ranks) < 0.5)
-        block["left"] -= 1
-        preempted = (random.random(cluster.ranks) < 0.1) * random.exponential(0.4 * cluster.step_s, cluster.ranks)
-        return (
-            block["factor"] * np.exp(0.15 * random.standard_normal(cluster.ranks)),
-            preempted,
-            np.zeros(cluster.ranks),
-        )
-
-    return draw
-
-
-def _collected(cluster: Cluster, random: np.random.Generator) -> Noise:
-    """Garbage collection: a pause of half a step each 20 to 60 steps, on each rank at its own times."""
-    due = random.integers(20, 60, cluster.ranks)
-
-    def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        hit = due <= step
-        due[hit] = step + random.integers(20, 60, int(hit.sum()))
-        pause = hit * 0.5 * cluster.step_s
-        return np.exp(0.03 * random.standard_normal(cluster.ranks)), pause, pause
-
-    return draw
-
-
-def _drifting(cluster: Cluster, random: np.random.Generator) -> Noise:
-    slope = random.normal(0, 0.02, cluster.ranks)
-
-    def draw(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        common = 1 + 0.2 * np.sin(step / 150)
-        factor = common * (1 + slope * step / 1000) * np.exp(0.04 * random.standard_normal(cluster.ranks))
-        return factor, np.zeros(cluster.ranks), np.zeros(cluster.ranks)
-
-    return draw
-
-
-NOISE: dict[str, Callable[[Cluster, np.random.Generator], Noise]] = {
-    "quiet": _family(0.02),
-    "loud": _family(0.15),
-    "spiky": _family(0.05, spikes=0.01, spike_steps=8.0),
-    "correlated": _correlated(0.08, 0.9),
-    "sequences": _sequences,
-    "shared": _shared,
-    "collected": _collected,
-    "drifting": _drifting,
-}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cluster import NOISE, Cluster
+from cluster import Cluster
 from fabric import WEATHER
 from helpers import verdict
+from noises import NOISE
 
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.judge import CAUSES, Judge
