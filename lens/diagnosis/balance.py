@@ -85,7 +85,7 @@ class Balance:
             # A make is judged where it does the same work as others: within a stage.
             rows = [r for r, make in enumerate(makes) if make == name and _mixed(stage, makes, stage[r])]
             if rows:
-                levels[name] = _by_quarter(compute, steps, np.array(rows))
+                levels[name] = _design_speed(compute, steps, np.array(rows))
         if len(levels) < 2:
             return None
         slow = max(levels, key=lambda name: float(levels[name].mean()))
@@ -210,6 +210,12 @@ def _by_quarter(values: Floats, steps: Ints, rows: Array) -> Floats:
     """Typical level of these ranks in each quarter of the steps."""
     parts = np.array_split(steps, QUARTERS)
     return np.array([float(median(median(cells(values, part, rows)))) for part in parts])
+
+
+def _design_speed(values: Floats, steps: Ints, rows: Array) -> Floats:
+    """Level of a make's faster ranks in each quarter of the steps: one of few that is slow is no design."""
+    parts = [np.sort(median(cells(values, part, rows))) for part in np.array_split(steps, QUARTERS)]
+    return np.array([part[(len(rows) - 1) // 4] for part in parts])
 
 
 def _mixed(stage: list[int], makes: list[tuple[str, str]], number: int) -> bool:

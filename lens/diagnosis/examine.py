@@ -130,11 +130,13 @@ class Examiner:
     def verdicts(self, index: int) -> list[Verdict]:
         """Slow ranks as judged by the records visible at a step place, costliest first."""
         if index not in self._verdicts:
-            findings = self._changed(index)
-            findings += self._standing(index, {row for finding in findings for row in finding.rows})
-            judged = [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
+            judged = self._judged(self._changed(index))
+            judged += self._judged(self._standing(index, {row for v in judged for row in v.finding.rows}))
             self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
         return self._verdicts[index]
+
+    def _judged(self, findings: list[Finding]) -> list[Verdict]:
+        return [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
 
     def links(self, index: int) -> list[LinkVerdict]:
         """Slower transfers at a step place, costliest first, but for those that a rank's own slowness explains."""
@@ -252,7 +254,8 @@ class Examiner:
                 verdict = self._judge(finding)
                 if verdict is None:
                     continue
-                if confirmed(verdict.explained[0]) or (long_enough and rank.effect >= policy.STANDING_EFFECT):
+                alone = long_enough and not rank.few and rank.effect >= policy.STANDING_EFFECT
+                if confirmed(verdict.explained[0]) or alone:
                     findings.append(finding)
         return findings
 

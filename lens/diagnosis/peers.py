@@ -31,11 +31,13 @@ class Standing:
     """A rank that takes longer than its like in every part of the run: there is no past to compare with.
 
     effect: least excess of any quarter, as a share of a usual step. noise: what the others differ by anyway.
+    few: whether so few are like it that its card must say the same.
     """
 
     row: int
     effect: float
     noise: float
+    few: bool = False
 
 
 def standing(values: Floats, usual: float, topology: Topology, steps: Array) -> list[Standing]:
@@ -46,8 +48,9 @@ def standing(values: Floats, usual: float, topology: Topology, steps: Array) -> 
     found = []
     for number in np.unique(topology.kind):
         members: Ints = np.flatnonzero(topology.kind == number)
-        if len(members) < FEWEST_PEERS:
+        if len(members) < 2:
             continue
+        few = len(members) < FEWEST_PEERS
         parts = np.array_split(values[np.ix_(steps, members)], QUARTERS)
         levels = np.stack([median(part) for part in parts])
         others = median_of_others(levels)
@@ -55,7 +58,7 @@ def standing(values: Floats, usual: float, topology: Topology, steps: Array) -> 
         whole = np.sort(median(values[np.ix_(steps, members)]))
         # Ranks of a kind that differ among themselves anyway set the bar for the one that differs most.
         typical = float(np.nanmedian(np.abs(whole - np.nanmedian(whole)))) / usual * 1.4826
-        effect, noise = np.min(above, axis=0), 4 * typical
+        effect, noise = np.min(above, axis=0), 0.0 if few else 4 * typical
         for place in np.flatnonzero(effect > max(policy.STANDING_EFFECT_CONFIRMED, noise)).tolist():
-            found.append(Standing(int(members[place]), float(effect[place]), noise))
+            found.append(Standing(int(members[place]), float(effect[place]), noise, few))
     return found

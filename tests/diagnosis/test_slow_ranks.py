@@ -126,3 +126,23 @@ def test_without_a_run_object_the_topology_is_derived() -> None:
     reply = verdict(cluster)
     assert first(reply) == ("slow_device", [5])
     assert "run.groups" in reply["coverage"]["signals_missing"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("noise", ["quiet", "shared", "drifting"])
+@pytest.mark.parametrize("onset", [0, 8])
+def test_a_slow_card_of_two_of_its_make_is_no_imbalance_of_makes(onset: int, noise: str, rank: int) -> None:
+    cluster = Cluster(
+        ranks=4, hosts=2, seed=1, noise=noise, steps=80, vendors={"H200": 1.0, "MI400": 1.5},
+        faults=(Fault("compute", (rank,), onset, 1.6),),
+    )  # fmt: skip
+    reply = verdict(cluster)
+    assert first(reply) == ("slow_device", [rank])
+    assert all(item["ranks"] in ([rank], []) for item in reply["hypotheses"])
+
+
+def test_two_equal_cards_of_which_one_is_slower_for_no_known_reason_are_not_judged_from_the_start() -> None:
+    cluster = Cluster(
+        ranks=4, hosts=2, vendors={"H200": 1.0, "MI400": 1.5}, faults=(Fault("unknown", (1,), 0, 1.4),)
+    )
+    assert [item["cause"] for item in verdict(cluster)["hypotheses"]] == ["mixed_vendor_imbalance"]
