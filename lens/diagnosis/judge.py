@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lens.diagnosis import balance, cards, checkpoints, experts, learning, memory, notices, pauses
+from lens.diagnosis import balance, cards, checkpoints, experts, feeding, learning, memory, notices, pauses
 from lens.diagnosis.examine import Examiner, Verdict, confirmed
 from lens.diagnosis.notices import Cause, Family, Notice
 
 FAMILIES: tuple[type[Family], ...] = (
-    cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, learning.Learning,
+    cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
-    **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES, **learning.CAUSES,
+    **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES,
+    **feeding.CAUSES, **learning.CAUSES,
 }  # fmt: skip
 
 

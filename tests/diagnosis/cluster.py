@@ -70,6 +70,7 @@ class Cluster:
     capped: bool = False
     throttle_counters: bool = False
     copies: float = 0.0
+    loading: float = 0.02
 
     def run(self) -> dict[str, Any]:
         """The run object."""
@@ -216,10 +217,12 @@ class Simulation:
             if fault.kind in SLOWS_COMPUTE and fault.active(step):
                 slow[list(fault.ranks)] *= fault.strength
         unit = c.step_s * factor * slow / self.speed
-        data = c.step_s * 0.02 * self._jitter(0.3)
+        data = c.step_s * c.loading * self._jitter(0.3)
         for fault in c.faults:
             if fault.kind == "data" and fault.active(step):
-                data[list(fault.ranks)] += fault.strength
+                data[list(fault.ranks) or everybody] += (
+                    fault.strength * self._jitter(0.1)[list(fault.ranks) or everybody]
+                )
         self._phase(step, "data", lambda: self._busy(data))
         if c.copies:
             copies = c.step_s * c.copies * self._jitter(0.1)
