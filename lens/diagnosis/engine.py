@@ -17,7 +17,7 @@ from lens.tables import Tables
 Key = tuple[str, tuple[int, ...]]
 
 END_CAUSES = {"rank_dead", "out_of_memory", "dataloader_worker_death"}
-FATAL_CAUSES = END_CAUSES | {"nan_origin", "rank_stuck", "collective_mismatch", "process_stopped"}
+FATAL_CAUSES = END_CAUSES | {"nan_origin", "rank_stuck", "collective_mismatch"}
 WANTED_METRICS = (
     "gpu.clock.sm", "gpu.throttle.reasons", "hw.temperature", "hw.power", "process.cpu.run_delay",
     "process.cpu.time", "train.loss.local", "train.grad_norm.local",

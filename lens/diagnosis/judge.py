@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lens.diagnosis import balance, cards, checkpoints, experts, feeding, learning, memory, notices, pauses
+from lens.diagnosis import balance, cards, checkpoints, experts, feeding, learning, memory, notices, pauses, stops
 from lens.diagnosis.examine import Examiner, Verdict, confirmed
 from lens.diagnosis.notices import Cause, Family, Notice
 
 FAMILIES: tuple[type[Family], ...] = (
     cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,
+    stops.Stops,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
     **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES,
-    **feeding.CAUSES, **learning.CAUSES,
+    **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES,
 }  # fmt: skip
 
 

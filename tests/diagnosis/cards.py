@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 SLOWS_CLOCK = ("compute", "thermal", "power_cap", "brake", "lower_limit")
 REASONS = {"thermal": 0x40, "power_cap": 0x4, "brake": 0x80, "lower_limit": 0x4}
+STALLS = ("stop", "io", "hog")
+"""A step that takes seconds: the process stopped, waiting for a disk, or kept off the processor by another."""
 LANES, PCIE_SPEED = 16.0, 32.0
 
 
@@ -26,6 +28,17 @@ class Cards:
         self.rows = np.where(ranks % 3 == 0, 2.0, 0.0)
         self.throttled = {mask: np.zeros(cluster.ranks) for mask in (0x4, 0x40, 0x80)}
         self.next_second = 0.0
+        self.stalls: list[tuple[Fault, float]] = []
+        self.cpu, self.cpu_at = np.zeros(cluster.ranks), 0.0
+
+    def stalled(self, fault: Fault, second: float) -> None:
+        """A rank stands still from a second on."""
+        self.stalls.append((fault, second))
+
+    def _within(self, kind: str, second: float) -> list[int]:
+        """Ranks that a stall of a kind holds at a second."""
+        held = [f.ranks for f, at in self.stalls if f.kind == kind and at <= second < at + f.strength]
+        return [rank for ranks in held for rank in ranks]
 
     def _active(self, step: int, *kinds: str) -> list[Fault]:
         return [fault for fault in self.cluster.faults if fault.kind in kinds and fault.active(step)]
@@ -100,9 +113,19 @@ class Cards:
                 "samples", metric="gpu.rows.remapped", value=values, labels=json.dumps({"kind": kind}), **about
             )
         self._users(simulation, step, about)
+        standing = [rank for kind in STALLS for rank in self._within(kind, second)]
+        self.cpu += np.where(np.isin(ranks, standing), 0.0, 0.9) * (second - self.cpu_at)
+        self.cpu_at = second
+        writer.add("samples", metric="process.cpu.time", value=self.cpu, **about)
+        simulation.fabric.delayed[self._within("hog", second)] += 1.0
         if c.heartbeats:
-            attrs = writer.code(json.dumps({"state": "running", "step": step}))
-            writer.add("events", kind="heartbeat", rank=ranks, host=hosts, attrs=attrs, t_ns=times)
+            stopped = self._within("stop", second)
+            for rank in range(c.ranks):
+                if rank in stopped and c.beats_tell == "silence":
+                    continue
+                state = "stopped" if rank in stopped else "running"
+                attrs = writer.code(json.dumps({"state": state, "step": step}))
+                writer.add("events", kind="heartbeat", rank=rank, host=hosts[rank], attrs=attrs, t_ns=times[rank])
 
     def _users(self, simulation: Simulation, step: int, about: dict[str, np.ndarray]) -> None:
         """The trainer's own process on each card, and whoever else is there."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from cards import SLOWS_CLOCK, Cards
+from cards import SLOWS_CLOCK, STALLS, Cards
 from fabric import Fabric
 from noises import NOISE
 
@@ -71,6 +71,7 @@ class Cluster:
     throttle_counters: bool = False
     copies: float = 0.0
     loading: float = 0.02
+    beats_tell: str = "state"
 
     def run(self) -> dict[str, Any]:
         """The run object."""
@@ -247,6 +248,11 @@ class Simulation:
             pass_through(0.40, "backward")
             self._meet(step, "dp", "all_reduce", "backward", -1, 0.06 * c.step_s)
 
+        for fault in c.faults:
+            if fault.kind in STALLS and step == fault.step:
+                # In the middle of the computing, of the loading, or between the phases.
+                stall[list(fault.ranks)] += fault.strength
+                self.cards.stalled(fault, float(self.clock.max()))
         self._phase(step, "forward", forward)
         if c.pipe:
             self._phase(step, "other", lambda: self._pass_on(step, 0.08 * c.step_s))
