@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lens.diagnosis import exits, hang_report, hangs, link_report, notice_report, notices, numerics, policy, report
+from lens.diagnosis import (
+    exits,
+    hang_report,
+    hangs,
+    link_report,
+    notice_report,
+    notices,
+    numerics,
+    policy,
+    report,
+    told_once,
+)
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
 from lens.diagnosis.judge import Judge
@@ -39,10 +50,10 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     index = len(timeline) - 1
     judge = Judge(examiner)
     verdicts, noticed = judge.at(index)
-    found = _fatal(examiner, index) + [report.of_verdict(examiner, verdict) for verdict in verdicts]
+    found = [report.of_verdict(examiner, verdict) for verdict in verdicts]
     found += [notice_report.of_notice(examiner, notice, index) for notice in noticed]
     found += [link_report.of_link(examiner, link) for link in examiner.links(index)]
-    hypotheses = report.ordered(found)
+    hypotheses = report.ordered(_fatal(examiner, index) + told_once.told_once(examiner, found, index))
     _date(judge, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None
     reached = upto_step if last is None else last if upto_step is None else min(upto_step, last)

@@ -37,7 +37,7 @@ def hypothesis(cause: str, ranks: Iterable[int], **known: Any) -> Hypothesis:
     return result
 
 
-def ordered(found: list[list[Hypothesis]]) -> list[Hypothesis]:
+def by_weight(found: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
     """Findings (each its rivals, best first) in the order of the reply: fatal first, then confidence × lost time."""
 
     def weight(rivals: list[Hypothesis]) -> tuple[int, float, list[int], str]:
@@ -48,10 +48,12 @@ def ordered(found: list[list[Hypothesis]]) -> list[Hypothesis]:
             best["ranks"], best["cause"],
         )  # fmt: skip
 
-    result = []
-    for number, rivals in enumerate(sorted(found, key=weight)):
-        result += [{**item, "finding": number} for item in rivals]
-    return result
+    return sorted(found, key=weight)
+
+
+def ordered(found: list[list[Hypothesis]]) -> list[Hypothesis]:
+    """All hypotheses as the reply lists them, each with the number of its finding."""
+    return [{**item, "finding": number} for number, rivals in enumerate(by_weight(found)) for item in rivals]
 
 
 def of_verdict(examiner: Examiner, verdict: Verdict) -> list[Hypothesis]:
