@@ -20,7 +20,7 @@ def test_a_throttled_process_that_computes_and_transfers_slowly_is_one_finding(n
 
 
 def test_another_cause_on_another_rank_stays_a_finding_of_its_own() -> None:
-    faults = (Fault("compute", (5,), 40, 1.6), Fault("data", (2,), 40, 0.03))
+    faults = (Fault("compute", (5,), 40, 1.6), Fault("data", (2,), 70, 0.03))
     found = {
         (item["cause"], *item["ranks"])
         for item in verdict(Cluster(ranks=8, steps=160, faults=faults))["hypotheses"]
