@@ -37,7 +37,9 @@ COLOURS = 160
 """A picture is kept with so many colours: pages have few, and a quarter of the bytes is enough."""
 READY = """() => { const shown = [...document.querySelectorAll('[data-page]:not([hidden]) [data-panel]:not([hidden])')];
     const waits = each => each.hasAttribute('data-empty') && each.querySelector('.lens-message').innerText === 'Loading…';
-    return shown.length && shown.every(each => each.dataset.drawnStep !== undefined && !waits(each)); }"""
+    const open = document.querySelector('[data-page]:not([hidden])');
+    const tiles = [...open.querySelectorAll('.lens-tile-detail')].every(each => each.innerText !== 'loading');
+    return tiles && shown.length && shown.every(each => each.dataset.drawnStep !== undefined && !waits(each)); }"""
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_an_agent_killed_again_and_again_loses_and_doubles_nothing(host: Host, s
     server.plan = plan
     writer = host.writer(200_000, 0.001, "wait")
     deaths = 0
-    for _ in range(22):
+    for _ in range(10):  # twenty: make prove-delivery
         agent = host.agent(LENS_SHIP_S="0.005")
         try:
             agent.wait(chance.uniform(0.2, 0.7))
@@ -68,7 +68,7 @@ def test_an_agent_killed_again_and_again_loses_and_doubles_nothing(host: Host, s
     last = host.agent()
     assert writer.wait() == -signal.SIGKILL
     assert last.wait(60) == 0, last.communicate()
-    assert deaths >= 20
+    assert deaths >= 8
     assert server.repeats > 0, "the test wants batches that were sent twice"
     (stored,) = server.slots().values()
     assert stored == written(host)

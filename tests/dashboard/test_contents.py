@@ -172,6 +172,25 @@ def test_memory_is_held_against_the_limit_of_its_own_card(real: RealServer, open
     assert "n/a: torch has no allocator statistics here" in text(page, "#torch-memory .lens-message")
 
 
+LATE_MAPS = """
+const ask = window.fetch;
+window.fetch = async (what, ...more) => {
+  if (String(what.url ?? what).includes("/heatmap")) await new Promise(() => {});
+  return ask(what, ...more);
+};
+"""
+
+
+def test_memory_is_drawn_over_all_steps_before_any_map_of_them_has_come(
+    real: RealServer, open_page: Open, run: str
+) -> None:
+    page = open_page(real, f"/run/{run}/memory", script=LATE_MAPS)
+    drawn(page, "device-memory", 18)
+    rows = page.locator("#device-memory .lens-table tbody tr")
+    tabled(page, "device-memory")
+    assert rows.count() == 20
+
+
 def test_ranks_show_own_time_where_collectives_are_known(real: RealServer, open_page: Open, run: str) -> None:
     """Rank 2 comes late: it is held up for 8 ms of 50 where ranks 0 and 1 are for 20."""
     page = open_page(real, f"/run/{run}/ranks")

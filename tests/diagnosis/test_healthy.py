@@ -24,8 +24,8 @@ def alarms(cluster: Cluster) -> int:
     places = set(range(cluster.steps if begin is None else begin, cluster.steps))
     judge, held = Judge(examiner), set()
     for place in sorted(places | set(grid(cluster.steps).tolist()) | {cluster.steps - 1}):
-        infos = {(n.cause, n.rows) for n in judge.at(place)[1] if CAUSES[n.cause].severity == "info"}
-        held |= judge.named(place) - infos
+        if named := judge.named(place):
+            held |= named - {(n.cause, n.rows) for n in judge.at(place)[1] if CAUSES[n.cause].severity == "info"}
     return len(held)
 
 

@@ -29,7 +29,7 @@ from .helpers import SECOND, START, ndjson, sample, step_span
 from .processes import Server
 
 pytestmark = pytest.mark.processes
-KILLS = 20
+KILLS = 8  # twenty of each: make prove-delivery
 SENDERS = 3
 ROWS = 40
 

@@ -219,7 +219,7 @@ export class Session {
     for (const source of this.sources.values()) source.load();
   }
 
-  /** First and last visible step. */
+  /** First and last visible step. While no map of all steps has come, those that the run itself speaks of. */
   visible() {
     if (this.range) return this.range;
     let [first, last] = [Infinity, -Infinity];
@@ -228,7 +228,7 @@ export class Session {
       first = Math.min(first, matrix.from);
       last = Math.max(last, matrix.lastStep);
     }
-    return last >= first ? [first, Math.max(last, first + 1)] : [0, 1];
+    return last >= first ? [first, Math.max(last, first + 1)] : [0, Math.max(1, this.lastStep ?? 1)];
   }
 
   get lastStep() {

@@ -48,9 +48,11 @@ export class Steps {
   }
 
   draw() {
-    const { step } = stepShown(this.app);
-    if (document.activeElement !== this.input) this.input.value = step === null ? "" : String(step);
     const fixed = this.app.address.step !== null;
+    const { step: wanted, value } = stepShown(this.app);
+    // While the newest is followed, the step that is drawn: the next may take the server a while.
+    const step = fixed ? wanted : value?.step ?? wanted;
+    if (document.activeElement !== this.input) this.input.value = step === null ? "" : String(step);
     this.follow.hidden = !fixed;
     replace(this.words, `${fixed} ${step}`, () => [fixed || step === null ? "" : `no step chosen: showing one of the newest, step ${integer(step)}`]);
   }
