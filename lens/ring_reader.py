@@ -145,11 +145,11 @@ class RingReader:
         flights = self._flights()
         collective = self.last_collective()
         if collective and collective["t0"] and all(flight["t0"] != collective["t0"] for flight in flights):
-            found.append(collective)
-        return found + flights
+            flights.append(collective)
+        return found + sorted(flights, key=_entered)
 
     def _flights(self) -> list[dict[str, Any]]:
-        """Collectives entered and not completed, the first entered first: the native observer notes them all."""
+        """Collectives entered and not completed: the native observer notes all that may be several at a time."""
         found = []
         words = _FLIGHTS.unpack_from(self._map, FLIGHTS_WORD * 8)
         for place in range(0, len(words), FLIGHT_WORDS):
@@ -164,7 +164,7 @@ class RingReader:
             if flags & 1:
                 flight |= {"async": True, "t_wait": waited_from or None}
             found.append(flight)
-        return sorted(found, key=lambda flight: int(flight["t0"]))
+        return found
 
     def last_step(self) -> int | None:
         """Number of the step entered last, None before the first."""
@@ -248,6 +248,10 @@ def write_control(path: Path, **words: int) -> None:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         for name, value in words.items():
             _WORD.pack_into(memory, PAGE + 8 * CONTROL_WORDS.index(name), value)
+
+
+def _entered(span: dict[str, Any]) -> int:
+    return int(span["t0"])
 
 
 def _at(strings: list[str], index: int) -> str | None:

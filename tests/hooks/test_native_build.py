@@ -14,7 +14,7 @@ from lens.hooks import native
 from lens.hooks.native import build, cache
 from lens.hooks.native.libraries import LIBRARIES, Library
 
-LIBRARY = Library("observer", ("observer.cpp", "flights.hpp", "ring.hpp"), True, "", "")
+LIBRARY = Library("observer", LIBRARIES["observer"].sources, True, "", "")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "groups.hpp"
 #include "ring.hpp"
 
 namespace lens {
@@ -22,33 +23,30 @@ constexpr int64_t kAsync = 1;
 constexpr int kPatience = 2;
 constexpr size_t kMostParked = 4096;
 
-struct Pair {
-  const std::string* name;
-  int64_t count = 0;
-};
-
-// A process group, as Python has told of it.
-struct Group {
-  const std::string* name = nullptr;  // null: not told of yet
-  std::vector<int64_t> ranks;         // global, in the order of ranks in the group
-  const std::string* labels = nullptr;
-  bool asked = false, numbered = false;
-  int64_t offset = 1;  // backend's number of the last collective + offset = number of the next
-  int64_t counted = 0;
-  std::map<std::pair<int64_t, int64_t>, Pair> pairs;  // messages, by global source and target
-  std::vector<double> given;                          // bytes of all-to-alls in a step, by rank in the group
-  int64_t given_step = kNull;
-};
-
-struct Flight {
+// What is written of a collective, whoever waits for it.
+struct Entry {
   const std::string *op = nullptr, *group = nullptr, *dtype = nullptr, *phase = nullptr;
   int64_t t0 = 0, step = kNull, number = kNull, size = 0, peer = -1;
   int64_t t_return = 0, t_wait = kNull;
+  bool is_async = true, is_message = false;
+  const void* work = nullptr;  // only ever compared
+};
+
+// One that the call itself waits for, in the thread that made it: nobody else needs to hear of it, so it takes no lock
+// and no memory of its own. In the ring's header it is the collective its thread is in; a place of its own it needs
+// only when it is left behind.
+struct Call : Entry {
+  int64_t ids = 0;         // of its operation and group in its thread's ring
+  bool completes = false;  // whoever has waited knows that it is completed
+};
+
+struct Flight : Entry {
+  Flight() = default;
+  explicit Flight(const Entry& entry) : Entry(entry) {}
+
   int64_t own_before = 0;  // the backend's number before a message
   std::atomic<int64_t> done{0};
-  bool is_async = true, is_message = false;
-  const void* work = nullptr;         // only ever compared
-  std::vector<const void*> results;   // storages of the outputs, only ever compared
+  std::vector<const void*> results;  // storages of the outputs, only ever compared
   int graph_task = -1;
   int64_t backward_done = 0, backward_left = 0;  // when its backward pass had computed, and when it was left
   bool over_in_backward = false;                 // it was completed by then
@@ -67,13 +65,25 @@ using FlightPtr = std::shared_ptr<Flight>;
 
 class Session;
 
-// What one thread keeps between two collectives.
+// What one thread keeps between two collectives: above all what it need not look up again, since in the midst of a
+// training step every line of memory that is touched for the first time costs more than the work itself.
 struct Thread {
-  std::weak_ptr<Session> session;
+  static constexpr size_t kGroups = 4, kPhases = 32;
+  struct Known {
+    const void* process_group = nullptr;
+    std::shared_ptr<Group> group;
+    int64_t heard = -1;  // `Session::heard` when it was looked up: of no use after the next news of a group
+  };
+
+  std::shared_ptr<Session> session;
   std::shared_ptr<Ring> ring;
-  FlightPtr last;                     // issued last and not waited for yet
+  Call call;                                // made last and not waited for yet
+  FlightPtr last;                           // issued last and not waited for yet
   std::vector<FlightPtr>* scope = nullptr;  // what is issued now is waited for before this is over
   int graph_task = -1;
+  size_t next_known = 0;
+  Known known[kGroups];
+  const std::string* phases[kPhases] = {};
   ~Thread();
 };
 inline thread_local Thread here;
@@ -85,71 +95,91 @@ class Session : public std::enable_shared_from_this<Session> {
       : directory_(std::move(directory)), main_(std::move(main)) {}
 
   std::atomic<int64_t> spent{0}, unrecorded{0};
+  std::atomic<int64_t> heard{0};       // news of groups so far
   std::atomic<bool> strangers{false};  // a group was met that Python has not told of
+  std::vector<std::shared_ptr<const void>> kernels;  // those replaced, by their place: in use as long as this is
   bool gave = false;                   // all-to-alls since the last sweep; under the lock
   std::mutex lock;                     // held for table look-ups only, never around a call
 
   // --- under the lock -----------------------------------------------------------------------------------------
 
-  Group& group(const std::string& process_group) {
-    Group& found = groups_[process_group];
-    if (!found.name) strangers = true;
+  std::shared_ptr<Group> group(const std::string& process_group) {
+    std::shared_ptr<Group>& found = groups_[process_group];
+    if (!found) found = std::make_shared<Group>();
+    if (!found->name) strangers = true;
     return found;
   }
 
   const std::string* keep(const std::string& text) { return &*texts_.insert(text).first; }
 
   void tell(const std::string& process_group, const std::string& name, std::vector<int64_t> ranks) {
-    Group& group = groups_[process_group];
-    if (group.name && *group.name != name) group.pairs.clear();
-    group.name = keep(name);
-    group.ranks = std::move(ranks);
-    group.labels = keep("{\"group\":\"" + name + "\",\"op\":\"all_to_all\"}");
+    std::shared_ptr<Group>& group = groups_[process_group];
+    if (!group) group = std::make_shared<Group>();
+    if (group->name && *group->name.load() != name) group->pairs.clear();
+    group->name = keep(name);
+    group->ranks = std::move(ranks);
+    group->labels = keep("{\"group\":\"" + name + "\",\"op\":\"all_to_all\"}");
+    ++heard;
   }
 
-  void forget(const std::string& process_group) { groups_.erase(process_group); }
+  void forget(const std::string& process_group) {
+    groups_.erase(process_group);
+    ++heard;
+  }
 
   Pair& pair(Group& group, int64_t source, int64_t target) {
     Pair& found = group.pairs[{source, target}];
     if (!found.name) {
       const std::string from = source < 0 ? "any" : std::to_string(source);
-      found.name = keep((group.name ? *group.name : "") + ":" + from + "-" + std::to_string(target));
+      found.name = keep((group.name ? *group.name.load() : "") + ":" + from + "-" + std::to_string(target));
     }
     return found;
   }
 
+  // --- by the thread that calls -------------------------------------------------------------------------------
+
+  // Makes this thread, and what it keeps, one of this session.
+  void join() {
+    here.last = nullptr;
+    here.call = {};
+    here.ring = nullptr;
+    std::fill(std::begin(here.known), std::end(here.known), Thread::Known{});
+    std::fill(std::begin(here.phases), std::end(here.phases), nullptr);
+    std::lock_guard guard(lock);
+    if (!spare_.empty()) {
+      here.ring = spare_.back();
+      spare_.pop_back();
+      here.ring->words()[kThreadWord] = gettid();
+    } else if ((here.ring = Ring::create(directory_, main_->words[kSlotCountWord]))) {
+      rings_.push_back(here.ring);
+    }
+    here.session = shared_from_this();
+  }
+
+  // Null where there was no room for one.
+  Ring* ring() {
+    if (here.session.get() != this) join();
+    return here.ring.get();
+  }
+
   // Where the training is: its step, and the name of its phase.
-  void locate(Flight& flight) {
+  void locate(Entry& entry) {
     const int64_t* word = main_->words;
-    flight.step = get(word + kStepWord) ? get(word + kStepWord + 1) : kNull;
-    const int64_t id = get(word + kPhaseWord) ? get(word + kPhaseWord + 1) : 0;
-    while (id >= static_cast<int64_t>(phases_.size()) && strings_read_ < get(word + kStringsUsedWord)) {
+    entry.step = get(word + kStepWord) ? get(word + kStepWord + 1) : kNull;
+    const size_t id = get(word + kPhaseWord) ? get(word + kPhaseWord + 1) : 0;
+    if (!id) return;
+    entry.phase = id < Thread::kPhases ? here.phases[id] : nullptr;
+    if (entry.phase) return;
+    std::lock_guard guard(lock);
+    while (id >= phases_.size() && strings_read_ < get(word + kStringsUsedWord)) {
       const char* at = reinterpret_cast<const char*>(word) + word[kStringsAtWord] + strings_read_;
       uint32_t length;
       memcpy(&length, at, 4);
       phases_.push_back(keep(std::string(at + 4, length)));
       strings_read_ += 4 + length;
     }
-    flight.phase = id < static_cast<int64_t>(phases_.size()) ? phases_[id] : nullptr;
-  }
-
-  // --- by the thread that calls -------------------------------------------------------------------------------
-
-  Ring* ring() {
-    if (here.session.lock().get() != this) {
-      here.session = weak_from_this();
-      here.last = nullptr;
-      here.ring = nullptr;
-      std::lock_guard guard(lock);
-      if (!spare_.empty()) {
-        here.ring = spare_.back();
-        spare_.pop_back();
-        here.ring->words()[kThreadWord] = gettid();
-      } else if ((here.ring = Ring::create(directory_, main_->words[kSlotCountWord]))) {
-        rings_.push_back(here.ring);
-      }
-    }
-    return here.ring.get();
+    entry.phase = id < phases_.size() ? phases_[id] : nullptr;
+    if (id < Thread::kPhases) here.phases[id] = entry.phase;
   }
 
   void give_back(std::shared_ptr<Ring> ring) {
@@ -161,32 +191,44 @@ class Session : public std::enable_shared_from_this<Session> {
     Ring* own = ring();
     if (!own) return;
     flight.ring = here.ring;
-    if ((flight.place = own->take_place())) {
-      int64_t* word = flight.place;
-      word[1] = ids(*own, flight);
-      word[2] = flight.number;
-      word[3] = flight.size;
-      word[4] = flight.step;
-      put(word + 5, 0);
-      put(word + 6, 0);
-      word[7] = flight.is_async || flight.is_message ? kAsync : 0;
-      put(word, flight.t0);
-    }
+    take_place(*own, flight);
     block(flight);
+  }
+
+  // A collective that its own call waits for: its ring is known to be there.
+  void enter(Call& call) {
+    Ring& own = *here.ring;
+    call.ids = own.intern(call.op) | own.intern(call.group) << 32;
+    block(own, call, call.ids);
+    own.expect();
+  }
+
+  // The wait for it is over; so that wait and call are one, nothing is told of the wait.
+  void land(Call& call, int64_t t1) {
+    Ring& own = *here.ring;
+    write(own, call, call.ids, t1, call.completes ? t1 : kNull);
+    if (get(own.words() + kBlockedWord) == call.t0) unblock(t1);
+    call.t0 = 0;
+  }
+
+  // Another one begins, or the step ends, and nobody has waited for it: as if it had been asynchronous.
+  void leave_behind(Call& call) {
+    auto flight = std::make_shared<Flight>(call);
+    call.t0 = 0;
+    take_place(*here.ring, *flight);
+    park(flight);
+  }
+
+  // The wait for it has failed: the ring says what this rank was in.
+  void leave_open(Call& call) {
+    Flight flight(call);
+    call.t0 = 0;
+    take_place(*here.ring, flight);
   }
 
   // This thread is in the collective.
   void block(Flight& flight) {
-    Ring* own = ring();
-    if (!own) return;
-    int64_t* word = own->words() + kBlockedWord;
-    put(word, 0);
-    word[1] = ids(*own, flight);
-    word[2] = flight.number;
-    word[3] = flight.size;
-    word[4] = flight.step;
-    put(word + 5, 0);
-    put(word, flight.t0);
+    if (Ring* own = ring()) block(*own, flight, ids(*own, flight));
   }
 
   void unblock(int64_t t) {
@@ -249,19 +291,7 @@ class Session : public std::enable_shared_from_this<Session> {
     int64_t done = flight.done.load(std::memory_order_acquire);
     // Who waits may be woken before the one who takes the time: it was completed by the end of the wait.
     if (done && flight.t_wait != kNull) done = std::min(done, t1);
-    int64_t* slot = own->begin(kCollective);
-    slot[2] = flight.t0;
-    slot[3] = std::max(t1, flight.t0);
-    slot[4] = flight.step;
-    slot[5] = ids(*own, flight);
-    slot[6] = flight.number;
-    slot[7] = flight.size;
-    slot[8] = flight.t_wait;
-    slot[9] = done ? done : kNull;
-    slot[10] = own->intern(flight.dtype) | own->intern(flight.phase) << 32;
-    slot[11] = 0;
-    slot[12] = (flight.peer + 1) | (flight.is_async ? kAsync : 0) << 32;
-    own->finish(slot);
+    write(*own, flight, ids(*own, flight), t1, done ? done : kNull);
     if (get(own->words() + kBlockedWord) == flight.t0) unblock(t1);
   }
 
@@ -296,6 +326,7 @@ class Session : public std::enable_shared_from_this<Session> {
 
   // Once a step: write what nobody waits for any more, and what the step's all-to-alls gave to whom.
   void sweep(bool all) {
+    if (here.session.get() == this && here.call.t0) leave_behind(here.call);
     std::vector<FlightPtr> landed, waiting;
     bool given;
     {
@@ -333,6 +364,47 @@ class Session : public std::enable_shared_from_this<Session> {
   }
 
  private:
+  static void block(Ring& ring, const Entry& entry, int64_t ids) {
+    int64_t* word = ring.words() + kBlockedWord;
+    put(word, 0);
+    word[1] = ids;
+    word[2] = entry.number;
+    word[3] = entry.size;
+    word[4] = entry.step;
+    put(word + 5, 0);
+    put(word, entry.t0);
+  }
+
+  static void write(Ring& ring, const Entry& entry, int64_t ids, int64_t t1, int64_t done) {
+    int64_t* slot = ring.begin(kCollective);
+    slot[2] = entry.t0;
+    slot[3] = std::max(t1, entry.t0);
+    slot[4] = entry.step;
+    slot[5] = ids;
+    slot[6] = entry.number;
+    slot[7] = entry.size;
+    slot[8] = entry.t_wait;
+    slot[9] = done;
+    slot[10] = ring.intern(entry.dtype) | ring.intern(entry.phase) << 32;
+    slot[11] = 0;
+    slot[12] = (entry.peer + 1) | (entry.is_async ? kAsync : 0) << 32;
+    ring.finish(slot);
+  }
+
+  void take_place(Ring& ring, Flight& flight) {
+    flight.place = ring.take_place();
+    if (!flight.place) return;
+    int64_t* word = flight.place;
+    word[1] = ids(ring, flight);
+    word[2] = flight.number;
+    word[3] = flight.size;
+    word[4] = flight.step;
+    put(word + 5, 0);
+    put(word + 6, 0);
+    word[7] = flight.is_async || flight.is_message ? kAsync : 0;
+    put(word, flight.t0);
+  }
+
   int64_t ids(Ring& ring, Flight& flight) {
     const bool own = &ring == flight.ring.get();
     if (own && flight.ids) return flight.ids;
@@ -348,16 +420,16 @@ class Session : public std::enable_shared_from_this<Session> {
     const int64_t t = now();
     std::lock_guard guard(lock);
     for (auto& [name, group] : groups_) {
-      if (group.given.empty() || !group.labels) continue;
-      own->vector(own->intern(&metric) | own->intern(group.labels) << 32, t, group.given_step, group.given.data(),
-                  group.given.size());
-      group.given.clear();
+      if (group->given.empty() || !group->labels) continue;
+      own->vector(own->intern(&metric) | own->intern(group->labels) << 32, t, group->given_step,
+                  group->given.data(), group->given.size());
+      group->given.clear();
     }
   }
 
   const std::string directory_;
   std::unique_ptr<Mapping> main_;
-  std::unordered_map<std::string, Group> groups_;
+  std::unordered_map<std::string, std::shared_ptr<Group>> groups_;
   std::unordered_set<std::string> texts_;
   std::vector<const std::string*> phases_{nullptr};
   int64_t strings_read_ = 0;
@@ -366,7 +438,7 @@ class Session : public std::enable_shared_from_this<Session> {
 };
 
 inline Thread::~Thread() {
-  if (auto found = session.lock()) found->give_back(std::move(ring));
+  if (session) session->give_back(std::move(ring));
 }
 
 }  // namespace lens

@@ -49,7 +49,7 @@ LIBRARIES = {
     for library in (
         Library(
             "observer",
-            ("observer.cpp", "flights.hpp", "ring.hpp"),
+            ("observer.cpp", "flights.hpp", "groups.hpp", "operators.hpp", "ring.hpp"),
             True,
             "collectives of every caller are seen",
             "collectives of DDP, FSDP2, DTensor and functional ones are not seen",

@@ -13,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include "flights.hpp"
+#include "operators.hpp"
 
 namespace lens {
 namespace {
@@ -25,108 +26,73 @@ std::shared_ptr<Session>& slot() {
   static auto* session = new std::shared_ptr<Session>();
   return *session;
 }
+std::atomic<const Session*> recording{nullptr};  // the same, to compare with
+
 std::shared_ptr<Session> current() { return std::atomic_load(&slot()); }
 
-// --- what an operator's arguments say ---------------------------------------------------------------------------
-
-struct Operator {
-  const char* name;    // in c10d
-  const char* record;  // in records
-  const char* input;   // its argument that holds this rank's input; none for barriers
-  const char* output;  // its argument that holds the results
-  const char* peer;    // its argument that names the other rank of a message
-};
-
-constexpr Operator kOperators[] = {
-    {"allreduce_", "all_reduce", "tensors", "tensors", ""},
-    {"allreduce_coalesced_", "all_reduce", "tensors", "tensors", ""},
-    {"broadcast_", "broadcast", "tensors", "tensors", ""},
-    {"reduce_", "reduce", "tensors", "tensors", ""},
-    {"allgather_", "all_gather", "input_tensors", "output_tensors", ""},
-    {"_allgather_base_", "all_gather", "input_tensor", "output_tensor", ""},
-    {"allgather_coalesced_", "all_gather", "input_list", "output_lists", ""},
-    {"allgather_into_tensor_coalesced_", "all_gather", "inputs", "outputs", ""},
-    {"reduce_scatter_", "reduce_scatter", "input_tensors", "output_tensors", ""},
-    {"_reduce_scatter_base_", "reduce_scatter", "input_tensor", "output_tensor", ""},
-    {"reduce_scatter_tensor_coalesced_", "reduce_scatter", "inputs", "outputs", ""},
-    {"alltoall_", "all_to_all", "input_tensors", "output_tensors", ""},
-    {"alltoall_base_", "all_to_all", "input", "output", ""},
-    {"gather_", "gather", "input_tensors", "output_tensors", ""},
-    {"scatter_", "scatter", "input_tensors", "output_tensors", ""},
-    {"barrier", "barrier", "", "", ""},
-    {"monitored_barrier_", "barrier", "", "", ""},
-    {"send", "send", "tensors", "", "dst"},
-    {"recv_", "recv", "tensors", "tensors", "src"},
-    {"recv_any_source_", "recv", "tensors", "tensors", ""},
-};
-constexpr c10::DispatchKey kKeys[] = {c10::DispatchKey::CPU, c10::DispatchKey::CUDA};
-
-const std::string* dtype_name(c10::ScalarType type) {
-  static const auto* names = new std::unordered_map<int, std::string>{
-      {int(at::kByte), "uint8"},           {int(at::kChar), "int8"},
-      {int(at::kShort), "int16"},          {int(at::kInt), "int32"},
-      {int(at::kLong), "int64"},           {int(at::kHalf), "float16"},
-      {int(at::kFloat), "float32"},        {int(at::kDouble), "float64"},
-      {int(at::kComplexHalf), "complex32"}, {int(at::kComplexFloat), "complex64"},
-      {int(at::kComplexDouble), "complex128"}, {int(at::kBool), "bool"},
-      {int(at::kBFloat16), "bfloat16"},    {int(at::kFloat8_e5m2), "float8_e5m2"},
-      {int(at::kFloat8_e4m3fn), "float8_e4m3fn"},
-  };
-  auto found = names->find(int(type));
-  return found == names->end() ? nullptr : &found->second;
+void record_with(std::shared_ptr<Session> session) {
+  recording = session.get();
+  std::atomic_store(&slot(), std::move(session));
 }
 
-template <typename Use>
-void each_tensor(const c10::IValue& value, Use&& use) {
-  if (value.isTensor()) {
-    if (value.toTensor().defined()) use(value.toTensor());
-  } else if (value.isList()) {
-    for (const c10::IValue& item : value.toListRef()) each_tensor(item, use);
-  }
-}
-
-const void* storage_of(const at::Tensor& tensor) {
-  return tensor.has_storage() ? tensor.storage().unsafeGetStorageImpl() : nullptr;
+// The session that records, joined by this thread. A thread keeps the one it has joined, so that as a rule nothing
+// shared is written here.
+std::shared_ptr<Session> joined() {
+  const Session* wanted = recording.load(std::memory_order_acquire);
+  if (!wanted) return nullptr;
+  if (here.session.get() == wanted) return here.session;
+  auto session = current();
+  if (session) session->join();
+  return session;
 }
 
 // The kernel in place of an operator's own: notes entry and end around it.
 class Observed final : public c10::OperatorKernel {
  public:
-  Observed(const Operator& spec, const c10::FunctionSchema& schema, c10::DispatchKey key)
-      : spec_(spec), record_(spec.record), completes_(key == c10::DispatchKey::CPU && !*spec.peer) {
-    auto place = [&](const char* name) {
+  Observed(const Operator& spec, size_t place, const c10::FunctionSchema& schema, c10::DispatchKey key)
+      : spec_(spec),
+        record_(spec.record),
+        place_(place),
+        on_cpu_(key == c10::DispatchKey::CPU),
+        completes_(on_cpu_ && !*spec.peer) {
+    auto index = [&](const char* name) {
       auto found = *name ? schema.argumentIndexWithName(name) : std::nullopt;
       return found ? *found : -1;
     };
     count_ = schema.arguments().size();
-    group_ = place("process_group");
-    input_ = place(spec.input);
-    output_ = place(spec.output);
-    peer_ = place(spec.peer);
-    async_ = place("async_op");
-    splits_ = place("input_split_sizes");
+    group_ = index("process_group");
+    input_ = index(spec.input);
+    output_ = index(spec.output);
+    peer_ = index(spec.peer);
+    async_ = index("async_op");
+    splits_ = index("input_split_sizes");
     is_message_ = std::string(spec.record) == "send" || std::string(spec.record) == "recv";
     if (is_message_) completes_ = false;
+    gives_ = splits_ >= 0 || spec.name == std::string("alltoall_");
   }
 
   std::shared_ptr<c10::SafeKernelFunction> kernel;
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    auto original = std::atomic_load(&kernel);
-    auto session = current();
-    if (!session) return original->callBoxed(op, keys, stack);
+    const auto session = joined();
+    if (!session) return std::atomic_load(&kernel)->callBoxed(op, keys, stack);
     const int64_t t0 = now();
+    const auto& original = *static_cast<const c10::SafeKernelFunction*>(session->kernels[place_].get());
+    const c10::IValue* arguments = stack->data() + stack->size() - count_;
+    const bool is_async = async_ >= 0 ? arguments[async_].toBool() : is_message_;
+    if (!is_async && !is_message_ && here.ring && !here.scope)
+      return call(*session, original, op, keys, stack, t0);
     c10::intrusive_ptr<c10d::ProcessGroup> group;
     FlightPtr flight;
     try {
-      group = (*stack)[stack->size() - count_ + group_].toCustomClass<c10d::ProcessGroup>();
-      flight = enter(*session, *group, stack->data() + stack->size() - count_, t0);
+      group = arguments[group_].toCustomClass<c10d::ProcessGroup>();
+      flight = enter(*session, *group, arguments, is_async, t0);
     } catch (...) {
       ++session->unrecorded;
     }
     const int64_t before = now();
     try {
-      original->callBoxed(op, keys, stack);
+      original.callBoxed(op, keys, stack);
     } catch (...) {
       if (flight) session->drop(*flight);
       throw;
@@ -134,7 +100,7 @@ class Observed final : public c10::OperatorKernel {
     const int64_t after = now();
     if (flight) {
       try {
-        leave(session, *group, flight, stack->empty() ? c10::IValue() : stack->back(), after);
+        leave(session, *group, flight, result_of(stack), after);
       } catch (...) {
         ++session->unrecorded;
       }
@@ -143,39 +109,99 @@ class Observed final : public c10::OperatorKernel {
   }
 
  private:
-  FlightPtr enter(Session& session, c10d::ProcessGroup& process_group, const c10::IValue* arguments, int64_t t0) {
+  // One that its own call waits for. The call and its wait are one thread's, one after the other.
+  void call(Session& session, const c10::SafeKernelFunction& original, const c10::OperatorHandle& op,
+            c10::DispatchKeySet keys, Stack* stack, int64_t t0) {
+    if (here.call.t0) session.leave_behind(here.call);
+    Call entered;
+    std::shared_ptr<Group> group;
+    try {
+      const c10::IValue* arguments = stack->data() + stack->size() - count_;
+      const auto& process_group = arguments[group_].toCustomClass<c10d::ProcessGroup>();
+      entered.t0 = t0;
+      entered.is_async = false;
+      entered.completes = on_cpu_;
+      measure(entered, arguments);
+      session.locate(entered);
+      group = group_of(session, *process_group);
+      entered.group = group->name;
+      entered.number = group->next([&] { return process_group->getSequenceNumberForGroup(); });
+      if (gives_) add_given(session, *group, entered, arguments);
+      session.enter(entered);
+    } catch (...) {
+      entered.t0 = 0;
+      ++session.unrecorded;
+    }
+    const int64_t before = now();
+    try {
+      original.callBoxed(op, keys, stack);
+    } catch (...) {
+      if (entered.t0) {
+        group->take_back();
+        session.unblock(now());
+      }
+      throw;
+    }
+    if (!entered.t0) return;
+    const int64_t after = now();
+    entered.t_return = after;
+    entered.work = work_of(result_of(stack)).get();
+    if (entered.work && here.ring && here.session.get() == &session)
+      here.call = entered;
+    else if (!entered.work && here.session.get() == &session)
+      session.land(entered, after);  // the backend has waited itself
+    session.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
+  }
+
+  FlightPtr enter(Session& session, c10d::ProcessGroup& process_group, const c10::IValue* arguments, bool is_async,
+                  int64_t t0) {
     auto flight = std::make_shared<Flight>();
     flight->t0 = t0;
-    flight->op = &record_;
     flight->is_message = is_message_;
-    flight->is_async = async_ >= 0 ? arguments[async_].toBool() : is_message_;
-    if (input_ >= 0) {
-      each_tensor(arguments[input_], [&](const at::Tensor& tensor) {
-        if (!flight->dtype) flight->dtype = dtype_name(tensor.scalar_type());
-        flight->size += tensor.nbytes();
-      });
-    }
-    if (flight->is_async && output_ >= 0)
+    flight->is_async = is_async;
+    measure(*flight, arguments);
+    if (is_async && output_ >= 0)
       each_tensor(arguments[output_], [&](const at::Tensor& tensor) { flight->results.push_back(storage_of(tensor)); });
-    // Asked before the lock is taken: a process group written in Python takes the GIL to answer.
-    const std::string own_name = process_group.getGroupName();
-    const int64_t own_rank = is_message_ ? process_group.getRank() : -1;
-    {
-      std::lock_guard guard(session.lock);
-      Group& group = session.group(own_name);
-      session.locate(*flight);
-      flight->group = group.name;
-      if (is_message_) {
-        number_message(session, group, own_rank, *flight, arguments);
-        flight->own_before = own_number(group, process_group);
-      } else {
-        flight->number = own_number(group, process_group) + group.offset;
-        if (!group.numbered) flight->number = ++group.counted;
-        if (splits_ >= 0 || spec_.name == std::string("alltoall_")) add_given(session, group, *flight, arguments);
-      }
+    session.locate(*flight);
+    const std::shared_ptr<Group> group = group_of(session, process_group);
+    if (is_message_) {
+      const int64_t own_rank = process_group.getRank();
+      flight->own_before = own_number(*group, process_group);
+      number_message(session, *group, own_rank, *flight, arguments);
+    } else {
+      flight->group = group->name;
+      flight->number = group->next([&] { return process_group.getSequenceNumberForGroup(); });
+      if (gives_) add_given(session, *group, *flight, arguments);
     }
     session.enter(*flight);
     return flight;
+  }
+
+  void measure(Entry& entry, const c10::IValue* arguments) const {
+    entry.op = &record_;
+    if (input_ < 0) return;
+    each_tensor(arguments[input_], [&](const at::Tensor& tensor) {
+      if (!entry.dtype) entry.dtype = dtype_name(tensor.scalar_type());
+      entry.size += tensor.nbytes();
+    });
+  }
+
+  static std::shared_ptr<Group> group_of(Session& session, const c10d::ProcessGroup& process_group) {
+    const int64_t heard = session.heard.load(std::memory_order_acquire);
+    for (const Thread::Known& known : here.known)
+      if (known.process_group == &process_group && known.heard == heard) return known.group;
+    // Asked before the lock is taken: a process group written in Python takes the GIL to answer.
+    const std::string own_name = process_group.getGroupName();
+    std::lock_guard guard(session.lock);
+    auto group = session.group(own_name);
+    if (group->name) here.known[here.next_known++ % Thread::kGroups] = {&process_group, group, heard};
+    return group;
+  }
+
+  static c10::IValue result_of(Stack* stack) { return stack->empty() ? c10::IValue() : stack->back(); }
+
+  static c10::intrusive_ptr<c10d::Work> work_of(const c10::IValue& result) {
+    return result.isCustomClass() ? result.toCustomClass<c10d::Work>() : nullptr;
   }
 
   void leave(const std::shared_ptr<Session>& session, c10d::ProcessGroup& process_group, const FlightPtr& flight,
@@ -183,13 +209,10 @@ class Observed final : public c10::OperatorKernel {
     flight->t_return = after;
     if (is_message_) {
       // Where the backend numbers messages too, they must not shift the numbers of collectives.
-      const std::string own_name = process_group.getGroupName();
-      std::lock_guard guard(session->lock);
-      Group& group = session->group(own_name);
-      group.offset -= own_number(group, process_group) - flight->own_before;
+      const std::shared_ptr<Group> group = group_of(*session, process_group);
+      group->offset -= own_number(*group, process_group) - flight->own_before;
     }
-    c10::intrusive_ptr<c10d::Work> work;
-    if (result.isCustomClass()) work = result.toCustomClass<c10d::Work>();
+    const auto work = work_of(result);
     if (!work) {
       flight->is_async = false;  // the backend has waited itself
       session->land(*flight, after);
@@ -220,6 +243,7 @@ class Observed final : public c10::OperatorKernel {
 
   void number_message(Session& session, Group& group, int64_t own_rank, Flight& flight,
                       const c10::IValue* arguments) {
+    std::lock_guard guard(session.lock);
     auto global = [&](int64_t rank) {
       return rank >= 0 && rank < static_cast<int64_t>(group.ranks.size()) ? group.ranks[rank] : -1;
     };
@@ -233,7 +257,8 @@ class Observed final : public c10::OperatorKernel {
     flight.number = peer >= 0 ? ++pair.count : kNull;
   }
 
-  void add_given(Session& session, Group& group, const Flight& flight, const c10::IValue* arguments) {
+  void add_given(Session& session, Group& group, const Entry& flight, const c10::IValue* arguments) {
+    std::lock_guard guard(session.lock);
     const size_t members = group.ranks.size();
     if (!members) return;
     std::vector<double> given(members, 0.0);
@@ -287,8 +312,10 @@ class Observed final : public c10::OperatorKernel {
 
   const Operator& spec_;
   const std::string record_;
+  const size_t place_;  // among those that are wrapped
+  const bool on_cpu_;
   int count_, group_, input_, output_, peer_, async_, splits_;
-  bool is_message_;
+  bool is_message_, gives_;
   std::atomic<bool> completes_;
 };
 
@@ -299,7 +326,7 @@ class ObservedWait final : public c10::OperatorKernel {
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     auto original = std::atomic_load(&kernel);
-    auto session = current();
+    auto session = joined();
     FlightPtr flight;
     const int64_t t_wait = now();
     if (session && stack->back().isTensor()) {
@@ -346,7 +373,7 @@ std::vector<Wrapped>& all_wrapped() {
       for (const Operator& spec : kOperators) {
         auto op = dispatcher.findSchema({std::string("c10d::") + spec.name, ""});
         if (!op || !op->hasKernelForDispatchKey(key) || !op->schema().argumentIndexWithName("process_group")) continue;
-        made->push_back(wrapped<Observed>(op->operator_name(), key, spec, op->schema(), key));
+        made->push_back(wrapped<Observed>(op->operator_name(), key, spec, made->size(), op->schema(), key));
       }
       auto wait = dispatcher.findSchema({"_c10d_functional::wait_tensor", ""});
       if (wait) made->push_back(wrapped<ObservedWait>(wait->operator_name(), key));
@@ -362,7 +389,7 @@ std::vector<c10::RegistrationHandleRAII>& registrations() {
 }
 
 void unwrap() {
-  std::atomic_store(&slot(), std::shared_ptr<Session>());
+  record_with(nullptr);
   registrations().clear();
 }
 
@@ -370,21 +397,24 @@ void wrap(std::shared_ptr<Session> session) {
   auto& dispatcher = c10::Dispatcher::singleton();
   Silent silent;  // torch warns of every kernel that takes another one's place
   c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  session->kernels.resize(all_wrapped().size());
   for (Wrapped& each : all_wrapped()) {
     auto op = dispatcher.findSchema(each.name);
     if (!op) continue;
-    std::atomic_store(each.original,
-                      std::make_shared<c10::SafeKernelFunction>(op->getComputedKernelForDispatchKey(each.key)));
+    auto original = std::make_shared<c10::SafeKernelFunction>(op->getComputedKernelForDispatchKey(each.key));
+    session->kernels[&each - all_wrapped().data()] = original;
+    std::atomic_store(each.original, std::move(original));
     registrations().push_back(
         dispatcher.registerImpl(each.name, each.key, each.replacement, std::nullopt, nullptr, "lens"));
   }
-  std::atomic_store(&slot(), std::move(session));
+  record_with(std::move(session));
 }
 
 // A lock may have been held in another thread, which the child does not have: nothing of the session is touched again.
 void in_forked_child() {
+  recording = nullptr;
   new (&slot()) std::shared_ptr<Session>();
-  new (&here.session) std::weak_ptr<Session>();
+  new (&here.session) std::shared_ptr<Session>();
 }
 
 // --- for Python -------------------------------------------------------------------------------------------------
@@ -458,9 +488,10 @@ PyObject* resume_group(PyObject*, PyObject* arguments) {
   auto session = current();
   if (!session) Py_RETURN_NONE;
   std::lock_guard guard(session->lock);
-  Group& group = session->group(process_group);
+  Group& group = *session->group(process_group);
   group.offset = offset;
   group.counted = counted;
+  group.as_expected = 0;
   for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(listed); ++index) {
     long long source, target, count;
     if (!PyArg_ParseTuple(PyTuple_GET_ITEM(listed, index), "LLL", &source, &target, &count)) return nullptr;
@@ -510,16 +541,7 @@ const void* address_of(PyObject* work) {
   return instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
 }
 
-// `Work.wait`
-PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names) {
-  auto session = current();
-  FlightPtr flight;
-  const int64_t t_wait = now();
-  if (session) {
-    const void* work = address_of(self);
-    flight = session->claim([work](const Flight& each) { return each.work == work; });
-    if (flight) session->begin_wait(*flight, t_wait);
-  }
+PyObject* call_original_wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names) {
   const Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
   // At most a timeout is given.
   PyObject* few[4] = {self};
@@ -530,8 +552,29 @@ PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObjec
     all = many.data();
   }
   std::copy(given, given + count + named, all + 1);
+  return PyObject_Vectorcall(original_wait, all, count + 1, names);
+}
+
+// `Work.wait`
+PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names) {
+  const auto session = joined();
+  if (!session) return call_original_wait(self, given, count, names);
+  const void* work = address_of(self);
+  if (here.call.t0 && here.call.work == work) {
+    Call call = std::exchange(here.call, {});
+    PyObject* result = call_original_wait(self, given, count, names);
+    const int64_t t1 = now();
+    if (here.session != session || !here.ring) return result;
+    if (!result) return session->leave_open(call), nullptr;
+    session->land(call, t1);
+    session->spent.fetch_add(now() - t1, std::memory_order_relaxed);
+    return result;
+  }
+  const int64_t t_wait = now();
+  const FlightPtr flight = session->claim([work](const Flight& each) { return each.work == work; });
+  if (flight) session->begin_wait(*flight, t_wait);
   const int64_t before = now();
-  PyObject* result = PyObject_Vectorcall(original_wait, all, count + 1, names);
+  PyObject* result = call_original_wait(self, given, count, names);
   if (!flight || !result) return result;  // an error leaves it open: the ring says what this rank was in
   const int64_t t1 = now();
   session->land(*flight, t1);

@@ -80,31 +80,17 @@ class Ring {
     return std::shared_ptr<Ring>(new Ring(std::move(mapping), slots));
   }
 
-  int64_t* words() { return mapping_->words; }
+  int64_t* words() { return words_; }
   bool writable() const { return pid_ == getpid(); }
 
   // The id of a text that lives as long as the ring, by its address; 0 when the table is full.
   int64_t intern(const std::string* text) {
     if (!text || text->empty()) return 0;
-    auto found = ids_.find(text);
-    if (found != ids_.end()) return found->second;
-    int64_t& id = ids_[text];
-    auto same = texts_.find(*text);
-    if (same != texts_.end()) return id = same->second;
-    const int64_t needed = 4 + static_cast<int64_t>(text->size());
-    if (used_ + needed > kStringBytes) {
-      put(words() + kStringsRefusedWord, words()[kStringsRefusedWord] + 1);
-      return id = 0;
-    }
-    char* at = reinterpret_cast<char*>(words()) + 2 * kPage + used_;
-    const uint32_t length = text->size();
-    memcpy(at, &length, 4);
-    memcpy(at + 4, text->data(), text->size());
-    used_ += needed;
-    id = texts_[*text] = static_cast<int64_t>(texts_.size()) + 1;
-    // Written last: a reader that sees the new size sees the text too.
-    put(words() + kStringsUsedWord, used_);
-    return id;
+    // A table of few lines of memory in front of the large one.
+    Recent& recent = recent_[reinterpret_cast<uintptr_t>(text) / sizeof(std::string) % kRecent];
+    if (recent.text == text) return recent.id;
+    recent = {text, find(text)};
+    return recent.id;
   }
 
   // The next slot, begun; `finish` makes it whole.
@@ -116,6 +102,13 @@ class Ring {
   }
 
   void finish(int64_t* slot) { put(slot + 15, next_++); }
+
+  // The next slot will be written soon.
+  void expect() {
+    const int64_t* slot = at(next_);
+    __builtin_prefetch(slot, 1);
+    __builtin_prefetch(slot + 8, 1);
+  }
 
   // A vector: the payload goes on in continuation slots where it is long.
   void vector(int64_t ids, int64_t t, int64_t step, const double* values, int64_t count) {
@@ -147,7 +140,36 @@ class Ring {
   }
 
  private:
-  Ring(std::unique_ptr<Mapping> mapping, int64_t slots) : mapping_(std::move(mapping)), mask_(slots - 1) {
+  static constexpr size_t kRecent = 32;
+  struct Recent {
+    const std::string* text;
+    int64_t id;
+  };
+
+  int64_t find(const std::string* text) {
+    auto found = ids_.find(text);
+    if (found != ids_.end()) return found->second;
+    int64_t& id = ids_[text];
+    auto same = texts_.find(*text);
+    if (same != texts_.end()) return id = same->second;
+    const int64_t needed = 4 + static_cast<int64_t>(text->size());
+    if (used_ + needed > kStringBytes) {
+      put(words() + kStringsRefusedWord, words()[kStringsRefusedWord] + 1);
+      return id = 0;
+    }
+    char* at = reinterpret_cast<char*>(words()) + 2 * kPage + used_;
+    const uint32_t length = text->size();
+    memcpy(at, &length, 4);
+    memcpy(at + 4, text->data(), text->size());
+    used_ += needed;
+    id = texts_[*text] = static_cast<int64_t>(texts_.size()) + 1;
+    // Written last: a reader that sees the new size sees the text too.
+    put(words() + kStringsUsedWord, used_);
+    return id;
+  }
+
+  Ring(std::unique_ptr<Mapping> mapping, int64_t slots)
+      : mapping_(std::move(mapping)), words_(mapping_->words), mask_(slots - 1) {
     int64_t* word = words();
     memcpy(word, "LENSRNG1", 8);
     const int64_t head[] = {1, slots, 2 * kPage, kStringBytes, 2 * kPage + kStringBytes, pid_, gettid(), 0};
@@ -159,7 +181,9 @@ class Ring {
   }
 
   std::unique_ptr<Mapping> mapping_;
+  int64_t* words_;
   int64_t mask_, next_ = 1, used_ = 0;
+  Recent recent_[kRecent] = {};
   unsigned next_place_ = 0;
   pid_t pid_ = getpid();
   std::unordered_map<const std::string*, int64_t> ids_;
