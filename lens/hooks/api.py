@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from lens.hooks.timeline import Phase
 from lens.ring_files import RecorderError
 from lens.settings import Settings, SettingsError
 
-_this_thread = threading.get_ident
 Item = TypeVar("Item")
 
 _session: Session | None = None
@@ -113,9 +111,13 @@ def step(
         seq_sq: sum of squared sequence lengths, which attention cost follows.
     """
     session = _session
-    if session is None or _this_thread() != session.timeline.thread or not session.timeline.part.on:
+    if session is None or not session.timeline.here():
         return _NOTHING
-    return _Step(session, number, tokens, micro_batches, seq_sq)
+    try:
+        return session.new_step(number, tokens, micro_batches, seq_sq)
+    except Exception as error:
+        session.timeline.part.fail(error)
+        return _NOTHING
 
 
 def phase(name: str, micro_batch: int | None = None) -> AbstractContextManager[Any]:
@@ -195,38 +197,6 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-class _Step:
-    __slots__ = ("_attributes", "_number", "_session")
-
-    def __init__(
-        self,
-        session: Session,
-        number: int | None,
-        tokens: int | None,
-        micro_batches: int | None,
-        seq_sq: int | None,
-    ) -> None:
-        self._session = session
-        self._number = number
-        self._attributes = (tokens, micro_batches, seq_sq)
-
-    def __enter__(self) -> None:
-        self._session.timeline.begin_step(self._number, *self._attributes)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        session = self._session
-        timeline = session.timeline
-        if not timeline.part.on:
-            return
-        try:
-            if kind is not None:
-                timeline.abandon_step()
-            elif session.end_step():
-                detach()
-        except Exception as error:
-            timeline.part.fail(error)
-
-
 class _Waits:
     """A loader whose batches' waits are timed; everything else is the loader's own."""
 
@@ -252,7 +222,7 @@ class _Waits:
 
 def _begin(settings: Settings, about: Mapping[str, Any], groups: Mapping[str, Sequence[Sequence[int]]]) -> Session:
     global _session
-    _session = Session(settings, about, groups)
+    _session = Session(settings, about, groups, detach)
     _session.install()
     process.start_agent(settings)
     return _session

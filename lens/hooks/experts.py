@@ -109,6 +109,7 @@ class Experts:
         table = self.counted.get(key)
         if table is None or row >= len(table.counts):
             table = self.counted[key] = _Table(self._rows, experts, tensor.device)
+            self._timeline.errands = True
         table.layers[row] = router.layer
         counts = table.counts[row]
         with torch.no_grad():

@@ -25,6 +25,8 @@ class Observer:
         self.part = Part("collectives")
         self.records = False
         """Whether it was installed."""
+        self.tells = False
+        """Whether it tells the timeline by itself what it has spent, and is swept by it."""
         self.clean = True
         """Whether the process ends in order: what its rings will say."""
         self._recorder = recorder
@@ -52,6 +54,10 @@ class Observer:
             self.part.undo()
             return False
         self.records = True
+        hear = getattr(self._timeline, "hear", None)
+        if hear is not None:
+            hear(loaded.tell_timeline())
+            self.tells = True
         self._tell_all()
         return True
 

@@ -30,13 +30,20 @@ _COUNTERS_NS = 1_000_000_000
 class Session:
     """From `watch` to `detach`, or to the end of the process.
 
+    Args:
+        leave: called at the end of a step when somebody asks the hook to leave.
+
     Raises:
         RecorderError: there is no room or no right to record here.
     """
 
-    def __init__(self, settings: Settings, about: Mapping[str, Any], kinds: Kinds) -> None:
+    def __init__(
+        self, settings: Settings, about: Mapping[str, Any], kinds: Kinds, leave: Callable[[], None]
+    ) -> None:
         self.recorder = Recorder.create(settings, about)
         self.timeline = timeline_of(self.recorder, settings.native)
+        self._leave = leave
+        self.new_step = self.timeline.steps_end_with(self._end_marked_step)
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
         self.observer = Observer(self.recorder, self.timeline, kinds)
@@ -53,7 +60,6 @@ class Session:
         """Models and optimizers known already: references that keep none of them alive."""
         self._process_watched = False
         self._roots: RootSearch | None = None
-        self._counters_due = 0
         self._counters = [self.recorder.intern(COLUMN_SEPARATOR.join(COUNTERS[:n])) for n in (1, 2)]
         self._before = (0, 0)
         """When the counters were recorded last, and what the hook had taken until then, ns."""
@@ -121,6 +127,7 @@ class Session:
         self._roots = RootSearch(self.timeline, lambda module: self.watch(module, None))
         self.parts.append(self._roots.part)
         self._roots.begin()
+        self.timeline.errands = True
 
     def watch_running(self) -> None:
         """Find models and optimizers by themselves, from the end of the step that is under way on."""
@@ -136,7 +143,10 @@ class Session:
         watch_every_optimizer(self.timeline, self._after_optimizer, arrive)
 
     def end_step(self) -> bool:
-        """The step is over; returns whether somebody asks the hook to leave."""
+        """The step is over, and there is more to do than `Timeline.end_alone` does.
+
+        Returns whether somebody asks the hook to leave.
+        """
         if self.experts.counted:
             self.experts.before_step_ends()
         if self.observer.records:
@@ -168,13 +178,18 @@ class Session:
     def _knows(self, thing: Any) -> bool:
         return any(known() is thing for known in self._watched)
 
-    def _after_optimizer(self) -> None:
-        if self.end_step():
-            from lens.hooks import api
+    def _end_marked_step(self) -> None:
+        try:
+            if self.end_step():
+                self._leave()
+        except Exception as error:
+            self.timeline.part.fail(error)
 
+    def _after_optimizer(self) -> None:
+        if not self.timeline.end_alone() and self.end_step():
             # The optimizer is going through its hooks now: taking ours away would end that with an exception.
             self.forget()
-            automatic.at_next_backward(api.detach)
+            automatic.at_next_backward(self._leave)
 
     def _after_step(self, now: int) -> bool:
         if self.values.later.copies and self.values.part.on:
@@ -182,13 +197,21 @@ class Session:
         if self._roots is not None and self._roots.after_step():
             self._roots = None
             self._update_rank()
-        if now >= self._counters_due:
-            self._counters_due = now + _COUNTERS_NS
+        timeline = self.timeline
+        if now >= timeline.look_at:
+            timeline.look_at = now + _COUNTERS_NS
             self._count(now)
             if self._awaits_native and native.built("observer"):
                 self._go_native()
         if self.budget.thins:
-            self.budget.choose(self.timeline.last_step + 1)
+            self.budget.choose(timeline.last_step + 1)
+        timeline.errands = bool(
+            self.experts.counted
+            or self.values.later.copies
+            or self._roots
+            or self.budget.thins
+            or (self.observer.records and not self.observer.tells)
+        )
         return self.recorder.detach_asked()
 
     def _count(self, now: int) -> None:

@@ -10,13 +10,16 @@ of them stands in one place, and what one of them calls never raises, so that no
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, cast
 
 from lens.hooks import native
 from lens.hooks.guard import Part
-from lens.recorder import OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
+from lens.recorder import CONTROL_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
 from lens.slots import NULL, PHASE
 
 _clock = time.monotonic_ns
@@ -58,6 +61,7 @@ class Timeline:
         "_attributes",
         "_by_hand",
         "_data",
+        "_end",
         "_gc_before",
         "_ids",
         "_micro_batch",
@@ -69,9 +73,11 @@ class Timeline:
         "_spent_before",
         "_waited",
         "_waiting_since",
+        "errands",
         "gc_ns",
         "last_end",
         "last_step",
+        "look_at",
         "part",
         "phase",
         "spent",
@@ -98,6 +104,11 @@ class Timeline:
         """Nanoseconds of garbage collection since the process was watched."""
         self.steps = 0
         """Steps that have ended."""
+        self.errands = True
+        """Whether something else is to be done at the end of this step, which is then not ended by `end_alone`."""
+        self.look_at = 0
+        """From then on, too: the time of the next look at this process's counters."""
+        self._end: Callable[[], Any] = self.end_step
         self.last_end = 0
         """When the last step ended."""
         self.last_step = NULL
@@ -170,6 +181,19 @@ class Timeline:
         self.step = NULL
         self.last_end = now
         return now
+
+    def end_alone(self) -> bool:
+        """End the step, unless there is something else to do at its end, or somebody asks the hook to leave."""
+        if self.errands or _clock() >= self.look_at or self._recorder.words[CONTROL_WORD]:
+            return False
+        self.end_step()
+        return True
+
+    def steps_end_with(self, end: Callable[[], Any]) -> Callable[..., AbstractContextManager[Any]]:
+        """Let steps marked by hand end by this where they do not by `end_alone`; what makes such steps, of the arguments
+        of `begin_step`."""
+        self._end = end
+        return functools.partial(Step, self)
 
     def all_spent(self) -> int:
         """Nanoseconds that the hook has taken since the process was watched."""
@@ -326,6 +350,31 @@ class Timeline:
             self._recorder.words[_OPEN_T0] = 0
         except Exception as error:
             self.part.fail(error)
+
+
+class Step:
+    """``with lens.step()``."""
+
+    __slots__ = ("_about", "_timeline")
+
+    def __init__(self, timeline: Timeline, *about: int | None) -> None:
+        self._timeline = timeline
+        self._about = about
+
+    def __enter__(self) -> None:
+        self._timeline.begin_step(*self._about)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        timeline = self._timeline
+        if not timeline.part.on:
+            return
+        try:
+            if kind is not None:
+                timeline.abandon_step()
+            elif not timeline.end_alone():
+                timeline._end()
+        except Exception as error:
+            timeline.part.fail(error)
 
 
 class Phase:

@@ -33,9 +33,13 @@ class Values:
         """Names logged last by the thread that trains, and their string id."""
         self._complained: set[str] = set()
         self._layers: dict[int, _LayerTotals] = {}
+        self._write_row = getattr(timeline, "row", _not_written)
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
         """Record numbers, all at one time. What is no number is left out, with one line about it."""
+        names, columns = self._last
+        if self._write_row(columns, names, values, step):
+            return
         t = _clock()
         timeline = self._timeline
         number = timeline.step if step is None else step
@@ -44,7 +48,6 @@ class Values:
         if not timeline.here():
             self._row(values, t, number)
             return
-        names, columns = self._last
         if columns and tuple(values) == names:
             self._recorder.row(columns, tuple(values.values()), t, number)
         else:
@@ -115,6 +118,7 @@ class Values:
             else:
                 self.record_experts(layer, numbers[:-1], numbers[-1], t, step)
 
+        self._timeline.errands = True
         self.later.read(tensors, write)
 
     def _readable(self, values: Mapping[str, Any], t: int, number: int) -> dict[str, float]:
@@ -130,6 +134,7 @@ class Values:
             except (TypeError, ValueError, RuntimeError):
                 self._complain(name, f"{name} = {value!r:.40} is no number and is not recorded")
         if away:
+            self._timeline.errands = True
             self.later.read(
                 list(away.values()),
                 lambda found: self._row(dict(zip(away, found, strict=True)), t, number),
@@ -146,6 +151,11 @@ class Values:
         if name not in self._complained:
             self._complained.add(name)
             warn(text)
+
+
+def _not_written(*_: Any) -> bool:
+    """The timeline is not compiled: nothing but Python can write a row."""
+    return False
 
 
 class _LayerTotals:

@@ -15,6 +15,7 @@
 
 #include "groups.hpp"
 #include "ring.hpp"
+#include "told.hpp"
 
 namespace lens {
 
@@ -64,6 +65,7 @@ struct Flight : Entry {
 using FlightPtr = std::shared_ptr<Flight>;
 
 class Session;
+inline Told told;
 
 // What one thread keeps between two collectives: above all what it need not look up again, since in the midst of a
 // training step every line of memory that is touched for the first time costs more than the work itself.
@@ -94,9 +96,8 @@ class Session : public std::enable_shared_from_this<Session> {
   Session(std::string directory, std::unique_ptr<Mapping> main)
       : directory_(std::move(directory)), main_(std::move(main)) {}
 
-  std::atomic<int64_t> spent{0}, unrecorded{0};
-  std::atomic<int64_t> heard{0};       // news of groups so far
-  std::atomic<bool> strangers{false};  // a group was met that Python has not told of
+  std::atomic<int64_t> unrecorded{0};
+  std::atomic<int64_t> heard{0};  // news of groups so far
   std::vector<std::shared_ptr<const void>> kernels;  // those replaced, by their place: in use as long as this is
   bool gave = false;                   // all-to-alls since the last sweep; under the lock
   std::mutex lock;                     // held for table look-ups only, never around a call
@@ -106,7 +107,7 @@ class Session : public std::enable_shared_from_this<Session> {
   std::shared_ptr<Group> group(const std::string& process_group) {
     std::shared_ptr<Group>& found = groups_[process_group];
     if (!found) found = std::make_shared<Group>();
-    if (!found->name) strangers = true;
+    if (!found->name) told.strangers = true;
     return found;
   }
 
@@ -247,6 +248,7 @@ class Session : public std::enable_shared_from_this<Session> {
     }
     FlightPtr oldest;
     {
+      told.waiting = true;
       std::lock_guard guard(lock);
       parked_.push_back(flight);
       if (parked_.size() > kMostParked) {
@@ -327,6 +329,7 @@ class Session : public std::enable_shared_from_this<Session> {
   // Once a step: write what nobody waits for any more, and what the step's all-to-alls gave to whom.
   void sweep(bool all) {
     if (here.session.get() == this && here.call.t0) leave_behind(here.call);
+    told.waiting = false;
     std::vector<FlightPtr> landed, waiting;
     bool given;
     {
@@ -339,6 +342,7 @@ class Session : public std::enable_shared_from_this<Session> {
         (over ? landed : waiting).push_back(std::move(flight));
       }
       parked_.swap(waiting);
+      if (!parked_.empty()) told.waiting = true;
     }
     std::map<int, int64_t> reached;
     for (auto& flight : landed) {

@@ -49,14 +49,14 @@ LIBRARIES = {
     for library in (
         Library(
             "observer",
-            ("observer.cpp", "flights.hpp", "groups.hpp", "operators.hpp", "ring.hpp"),
+            ("observer.cpp", "flights.hpp", "groups.hpp", "operators.hpp", "ring.hpp", "told.hpp"),
             True,
             "collectives of every caller are seen",
             "collectives of DDP, FSDP2, DTensor and functional ones are not seen",
         ),
         Library(
             "timeline",
-            ("timeline.cpp",),
+            ("timeline.cpp", "timeline.hpp", "told.hpp"),
             False,
             "steps and phases are recorded in C",
             "steps and phases are recorded in Python, which costs the training more",

@@ -105,7 +105,7 @@ class Observed final : public c10::OperatorKernel {
         ++session->unrecorded;
       }
     }
-    session->spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
+    told.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
   }
 
  private:
@@ -150,7 +150,7 @@ class Observed final : public c10::OperatorKernel {
       here.call = entered;
     else if (!entered.work && here.session.get() == &session)
       session.land(entered, after);  // the backend has waited itself
-    session.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
+    told.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
   }
 
   FlightPtr enter(Session& session, c10d::ProcessGroup& process_group, const c10::IValue* arguments, bool is_async,
@@ -276,7 +276,7 @@ class Observed final : public c10::OperatorKernel {
     }
     if (group.given.size() != members || group.given_step != flight.step) group.given.assign(members, 0.0);
     group.given_step = flight.step;
-    session.gave = true;
+    session.gave = told.waiting = true;
     for (size_t place = 0; place < members; ++place) group.given[place] += given[place];
   }
 
@@ -341,7 +341,7 @@ class ObservedWait final : public c10::OperatorKernel {
     if (!flight) return;
     const int64_t t1 = now();
     session->land(*flight, t1);
-    session->spent.fetch_add(before - t_wait + now() - t1, std::memory_order_relaxed);
+    told.spent.fetch_add(before - t_wait + now() - t1, std::memory_order_relaxed);
   }
 };
 
@@ -445,6 +445,8 @@ PyObject* install(PyObject*, PyObject* arguments) {
     if (!mapping->words) throw std::runtime_error("the main ring cannot be mapped");
     auto session = std::make_shared<Session>(directory, std::move(mapping));
     if (!session->ring()) throw std::runtime_error("no room for a ring");
+    told.spent = 0;
+    told.waiting = told.strangers = false;
     try {
       wrap(session);
     } catch (...) {
@@ -510,15 +512,27 @@ PyObject* forget_group(PyObject*, PyObject* process_group) {
   Py_RETURN_NONE;
 }
 
+void sweep_alone() {
+  auto session = current();
+  if (!session) return;
+  const int64_t began = now();
+  session->sweep(false);
+  told.spent.fetch_add(now() - began, std::memory_order_relaxed);
+}
+
 // (ns that observing took since the last call, collectives that could not be recorded so far, strangers met)
 PyObject* sweep(PyObject*, PyObject*) {
   auto session = current();
   if (!session) return Py_BuildValue("LLO", 0LL, 0LL, Py_False);
-  const int64_t began = now();
-  session->sweep(false);
-  const int64_t spent = session->spent.exchange(0) + now() - began;
-  const bool strangers = session->strangers.exchange(false);
+  sweep_alone();
+  const int64_t spent = told.spent.exchange(0);
+  const bool strangers = told.strangers.exchange(false);
   return Py_BuildValue("LLO", (long long)spent, (long long)session->unrecorded.load(), strangers ? Py_True : Py_False);
+}
+
+PyObject* tell_timeline(PyObject*, PyObject*) {
+  told.sweep = sweep_alone;
+  return PyCapsule_New(&told, kTold, nullptr);
 }
 
 PyObject* begin_scope(PyObject*, PyObject*) {
@@ -567,7 +581,7 @@ PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObjec
     if (here.session != session || !here.ring) return result;
     if (!result) return session->leave_open(call), nullptr;
     session->land(call, t1);
-    session->spent.fetch_add(now() - t1, std::memory_order_relaxed);
+    told.spent.fetch_add(now() - t1, std::memory_order_relaxed);
     return result;
   }
   const int64_t t_wait = now();
@@ -578,7 +592,7 @@ PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObjec
   if (!flight || !result) return result;  // an error leaves it open: the ring says what this rank was in
   const int64_t t1 = now();
   session->land(*flight, t1);
-  session->spent.fetch_add(before - t_wait + now() - t1, std::memory_order_relaxed);
+  told.spent.fetch_add(before - t_wait + now() - t1, std::memory_order_relaxed);
   return result;
 }
 
@@ -602,6 +616,7 @@ PyMethodDef methods[] = {
     {"resume_group", resume_group, METH_VARARGS, "resume_group(process_group_name, offset, counted, messages)"},
     {"forget_group", forget_group, METH_O, "forget_group(process_group_name)"},
     {"sweep", sweep, METH_NOARGS, "once a step -> (ns spent, collectives not recorded, strangers met)"},
+    {"tell_timeline", tell_timeline, METH_NOARGS, "what a compiled timeline hears of it at the end of a step"},
     {"begin_scope", begin_scope, METH_NOARGS, "what this thread issues now is waited for before end_scope"},
     {"end_scope", end_scope, METH_NOARGS, "see begin_scope"},
     {"observed_wait", observed_wait, METH_VARARGS, "observed_wait(Work, Work.__dict__['wait'])"},

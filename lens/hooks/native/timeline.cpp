@@ -1,177 +1,12 @@
-// Steps and phases of the thread that trains: `lens.hooks.timeline.Timeline`, word for word, in C.
-//
-// What is recorded, and when, is said there; a test lets both go through the same training and compares their rings.
-// In the midst of a step the Python of it is met with cold caches and costs microseconds a moment; this, a fraction.
+// `lens.hooks.timeline.Timeline` and `Step` for Python; what they do is in timeline.hpp.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
-#include <time.h>
 
-#include <climits>
-#include <cstdint>
-#include <utility>
-#include <vector>
+#include "timeline.hpp"
 
+namespace lens {
 namespace {
-
-constexpr long long kNull = LLONG_MIN;
-constexpr int64_t kStepKind = 1, kPhaseKind = 2;
-constexpr int kPhaseWord = 24, kStepWord = 32;
-
-inline long long now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-// Another process reads along: the compiler must neither move nor split a store.
-inline void put(int64_t* word, int64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-
-struct Outer {
-  long long name, micro_batch;
-  bool by_hand;
-};
-
-struct Timeline {
-  PyObject_HEAD
-  PyObject* part;
-  PyObject* recorder;
-  PyObject* ids;    // name -> string id
-  PyObject* names;  // string id -> name
-  Py_buffer memory;
-  int64_t* words;
-  int64_t* slots;
-  int64_t mask;
-  Py_ssize_t next_at;  // where a recorder keeps `next`, and a part `on`: slots of their classes
-  Py_ssize_t on_at;
-  long long step, step_t0, phase, spent, spent_on_collectives, spent_on_experts, gc_ns, last_end, last_step, steps;
-  unsigned long thread;
-  char steps_by_hand;
-  bool by_hand;
-  long long data, next_number, gc_before, spent_before, phase_t0, micro_batch, waiting_since;
-  long long attributes[3];
-  std::vector<Outer>* outer;
-  std::vector<std::pair<long long, long long>>* waited;
-
-  bool on() const { return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(part) + on_at) == Py_True; }
-  bool here() const { return PyThread_get_thread_ident() == thread && on(); }
-  long long all_spent() const { return spent + spent_on_collectives + spent_on_experts; }
-};
-
-// The next slot, begun; null when the recorder is no longer what it was. `finish` makes it whole.
-int64_t* begin_slot(Timeline* self, int64_t kind) {
-  if (!self->on()) return nullptr;
-  PyObject* next = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(self->recorder) + self->next_at);
-  const int64_t sequence = next ? PyLong_AsLongLong(next) : -1;
-  if (sequence <= 0) return nullptr;
-  int64_t* slot = self->slots + ((sequence - 1) & self->mask) * 16;
-  put(slot, sequence);
-  slot[1] = kind;
-  return slot;
-}
-
-void finish(Timeline* self, int64_t* slot) {
-  PyObject* next = PyLong_FromLongLong(slot[0] + 1);
-  if (!next) return PyErr_Clear();
-  auto** place = reinterpret_cast<PyObject**>(reinterpret_cast<char*>(self->recorder) + self->next_at);
-  Py_SETREF(*place, next);
-  put(slot + 15, slot[0]);
-}
-
-void record_phase(Timeline* self, long long name, long long t0, long long t1, long long step, long long micro_batch) {
-  int64_t* slot = begin_slot(self, kPhaseKind);
-  if (!slot) return;
-  slot[2] = t0;
-  slot[3] = t1;
-  slot[4] = step;
-  slot[5] = name;
-  slot[6] = micro_batch;
-  finish(self, slot);
-  put(self->words + kPhaseWord, 0);
-}
-
-void note_phase(Timeline* self, long long name, long long t0, long long step) {
-  int64_t* word = self->words + kPhaseWord;
-  word[1] = name;
-  word[2] = step;
-  put(word, t0);
-}
-
-void forget_phases(Timeline* self) {
-  self->outer->clear();
-  self->phase = 0;
-  self->by_hand = false;
-}
-
-void close_phases(Timeline* self, long long t) {
-  record_phase(self, self->phase, self->phase_t0, t, self->step, self->micro_batch);
-  forget_phases(self);
-}
-
-void open_step(Timeline* self, long long number, long long began) {
-  if (self->phase) close_phases(self, began);
-  self->spent_before = self->all_spent();
-  self->step = number;
-  self->next_number = number + 1;
-  self->gc_before = self->gc_ns;
-  self->step_t0 = began;
-  for (long long& word : self->attributes) word = kNull;
-  for (auto [since, arrived] : *self->waited) record_phase(self, self->data, since, arrived, number, kNull);
-  self->waited->clear();
-  int64_t* word = self->words + kStepWord;
-  word[1] = number;
-  word[2] = 0;
-  put(word, began);
-}
-
-bool enter(Timeline* self, long long name, long long micro_batch, bool found) {
-  if (found) {
-    if (!self->here() || self->by_hand || self->phase == name || self->waiting_since) return false;
-    if (self->step == kNull && !self->steps_by_hand) {
-      const long long began = self->last_end           ? self->last_end
-                              : self->waited->empty() ? now()
-                                                      : self->waited->front().first;
-      open_step(self, self->next_number, began);
-    }
-  }
-  const long long t = now();
-  if (self->phase) {
-    record_phase(self, self->phase, self->phase_t0, t, self->step, self->micro_batch);
-    self->outer->push_back({self->phase, self->micro_batch, self->by_hand});
-  } else if (self->step == kNull) {
-    self->waited->clear();  // what was fetched belongs to this, not to the step that will follow
-  }
-  self->phase = name;
-  self->phase_t0 = t;
-  self->micro_batch = micro_batch;
-  self->by_hand = !found;
-  note_phase(self, name, t, self->step);
-  self->spent += now() - t;
-  return true;
-}
-
-void go_on(Timeline* self, long long t, bool noted) {
-  const Outer outer = self->outer->back();
-  self->outer->pop_back();
-  self->phase = outer.name;
-  self->micro_batch = outer.micro_batch;
-  self->by_hand = outer.by_hand;
-  self->phase_t0 = t;
-  if (noted) note_phase(self, self->phase, t, self->step);
-}
-
-void leave(Timeline* self) {
-  if (!self->phase) return;  // the step ended first and closed it
-  const long long t = now();
-  record_phase(self, self->phase, self->phase_t0, t, self->step, self->micro_batch);
-  if (self->outer->empty()) {
-    self->phase = 0;
-    self->by_hand = false;
-  } else {
-    go_on(self, t, true);
-  }
-  self->spent += now() - t;
-}
 
 // --- methods ----------------------------------------------------------------------------------------------------
 
@@ -200,50 +35,37 @@ PyObject* method_abandon(Timeline* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
+// (number, tokens, micro_batches, seq_sq), where None stands for what is not said.
+bool as_words(PyObject* const* arguments, Py_ssize_t count, long long* words) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "(number, tokens, micro_batches, seq_sq)"), false;
+  for (int place = 0; place < 4; ++place) {
+    words[place] = kNull;
+    if (!as_word(arguments[place], words[place])) return false;
+  }
+  return true;
+}
+
 PyObject* method_begin_step(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
   const long long t = now();
-  long long number = self->next_number, attributes[] = {kNull, kNull, kNull};
-  if (count != 4) return PyErr_Format(PyExc_TypeError, "begin_step(number, tokens, micro_batches, seq_sq)");
-  if (!as_word(arguments[0], number)) return nullptr;
-  for (int place = 0; place < 3; ++place)
-    if (!as_word(arguments[1 + place], attributes[place])) return nullptr;
-  self->steps_by_hand = 1;
-  open_step(self, number, self->waited->empty() ? t : self->waited->front().first);
-  for (int place = 0; place < 3; ++place) self->attributes[place] = attributes[place];
-  self->spent += now() - t;
+  long long words[4];
+  if (!as_words(arguments, count, words)) return nullptr;
+  begin_step(self, words[0], words + 1, t);
   Py_RETURN_NONE;
 }
 
-PyObject* method_end_step(Timeline* self, PyObject*) {
-  const long long t = now();
-  if (self->phase) close_phases(self, t);
-  int64_t* slot = begin_slot(self, kStepKind);
-  if (slot) {
-    slot[2] = self->step_t0;
-    slot[3] = t;
-    slot[4] = self->step;
-    slot[5] = 0;
-    for (int place = 0; place < 3; ++place) slot[6 + place] = self->attributes[place];
-    slot[9] = kNull;
-    slot[10] = self->gc_ns - self->gc_before;
-    slot[11] = kNull;
-    slot[12] = self->all_spent() - self->spent_before + now() - t;
-    finish(self, slot);
-  }
-  int64_t* word = self->words + kStepWord;
-  word[1] = self->step;
-  word[2] = t;
-  put(word, 0);
-  ++self->steps;
-  self->last_step = self->step;
-  self->step = kNull;
-  self->last_end = t;
-  return PyLong_FromLongLong(t);
+PyObject* method_end_alone(Timeline* self, PyObject*) { return PyBool_FromLong(end_alone(self)); }
+
+PyObject* method_hear(Timeline* self, PyObject* capsule) {
+  auto* told = static_cast<Told*>(PyCapsule_GetPointer(capsule, kTold));
+  if (!told) return nullptr;
+  self->told = told;
+  Py_RETURN_NONE;
 }
 
+PyObject* method_end_step(Timeline* self, PyObject*) { return PyLong_FromLongLong(end_step(self)); }
+
 PyObject* method_abandon_step(Timeline* self, PyObject*) {
-  forget_phases(self);
-  self->step = kNull;
+  abandon_step(self);
   Py_RETURN_NONE;
 }
 
@@ -294,6 +116,102 @@ PyObject* method_phase_name(Timeline* self, PyObject* const* arguments, Py_ssize
   return Py_XNewRef(found);
 }
 
+// row(columns, names, values, step): record these values, if they are plain numbers under these very names. -> whether
+PyObject* method_row(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
+  const long long t = now();
+  if (count != 4 || !PyTuple_CheckExact(arguments[1]) || !PyDict_CheckExact(arguments[2]) || !self->here())
+    Py_RETURN_FALSE;
+  PyObject *names = arguments[1], *name, *value;
+  long long columns = 0, step = self->step;
+  if (!as_word(arguments[0], columns) || !as_word(arguments[3], step)) return PyErr_Clear(), Py_NewRef(Py_False);
+  const Py_ssize_t wanted = PyTuple_GET_SIZE(names);
+  if (!wanted || wanted > kMostNumbers || PyDict_GET_SIZE(arguments[2]) != wanted) Py_RETURN_FALSE;
+  double numbers[kMostNumbers];
+  Py_ssize_t at = 0, place = 0;
+  for (; PyDict_Next(arguments[2], &at, &name, &value); ++place) {
+    PyObject* known = PyTuple_GET_ITEM(names, place);
+    const bool same = name == known || (PyUnicode_CheckExact(name) && PyUnicode_CheckExact(known) &&
+                                        PyUnicode_Compare(name, known) == 0);
+    if (!same) Py_RETURN_FALSE;
+    if (PyFloat_CheckExact(value)) {
+      numbers[place] = PyFloat_AS_DOUBLE(value);
+    } else if (PyLong_CheckExact(value) || PyBool_Check(value)) {
+      numbers[place] = PyLong_AsDouble(value);
+      if (numbers[place] == -1 && PyErr_Occurred()) return PyErr_Clear(), Py_NewRef(Py_False);
+    } else {
+      Py_RETURN_FALSE;
+    }
+  }
+  record_row(self, columns, t, step, numbers, wanted);
+  self->spent += now() - t;
+  Py_RETURN_TRUE;
+}
+
+// --- `with lens.step()` -------------------------------------------------------------------------------------------
+
+struct Step {
+  PyObject_HEAD
+  Timeline* timeline;
+  long long words[4];
+};
+
+extern PyTypeObject kStep;
+
+PyObject* method_new_step(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
+  long long words[4];
+  if (!as_words(arguments, count, words)) return nullptr;
+  Step* made = PyObject_New(Step, &kStep);
+  if (!made) return nullptr;
+  made->timeline = reinterpret_cast<Timeline*>(Py_NewRef(reinterpret_cast<PyObject*>(self)));
+  std::copy(words, words + 4, made->words);
+  return reinterpret_cast<PyObject*>(made);
+}
+
+PyObject* method_steps_end_with(Timeline* self, PyObject* end) {
+  Py_XSETREF(self->end, Py_NewRef(end));
+  return PyObject_GetAttrString(reinterpret_cast<PyObject*>(self), "new_step");
+}
+
+PyObject* step_enter(Step* self, PyObject*) {
+  begin_step(self->timeline, self->words[0], self->words + 1, now());
+  Py_RETURN_NONE;
+}
+
+PyObject* step_exit(Step* self, PyObject* const* arguments, Py_ssize_t count) {
+  Timeline* timeline = self->timeline;
+  if (!timeline->on()) Py_RETURN_NONE;
+  if (count && arguments[0] != Py_None) {
+    abandon_step(timeline);
+  } else if (!end_alone(timeline) && timeline->end) {
+    return PyObject_CallNoArgs(timeline->end);
+  }
+  Py_RETURN_NONE;
+}
+
+void step_dealloc(Step* self) {
+  Py_DECREF(self->timeline);
+  PyObject_Free(self);
+}
+
+PyMethodDef kStepMethods[] = {
+    {"__enter__", reinterpret_cast<PyCFunction>(step_enter), METH_NOARGS, nullptr},
+    {"__exit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(step_exit)), METH_FASTCALL, nullptr},
+    {},
+};
+
+PyTypeObject kStep = [] {
+  PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+  type.tp_name = "lens_timeline.Step";
+  type.tp_basicsize = sizeof(Step);
+  type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION;
+  type.tp_doc = "See lens.hooks.timeline.Step.";
+  type.tp_dealloc = reinterpret_cast<destructor>(step_dealloc);
+  type.tp_methods = kStepMethods;
+  return type;
+}();
+
+// --- the types ----------------------------------------------------------------------------------------------------
+
 PyMethodDef kMethods[] = {
     {"abandon", reinterpret_cast<PyCFunction>(method_abandon), METH_NOARGS, nullptr},
     {"abandon_step", reinterpret_cast<PyCFunction>(method_abandon_step), METH_NOARGS, nullptr},
@@ -301,20 +219,27 @@ PyMethodDef kMethods[] = {
     {"arrive", reinterpret_cast<PyCFunction>(method_arrive), METH_NOARGS, nullptr},
     {"begin_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_begin_step)), METH_FASTCALL, nullptr},
     {"begin_wait", reinterpret_cast<PyCFunction>(method_begin_wait), METH_NOARGS, nullptr},
+    {"end_alone", reinterpret_cast<PyCFunction>(method_end_alone), METH_NOARGS, nullptr},
     {"end_step", reinterpret_cast<PyCFunction>(method_end_step), METH_NOARGS, nullptr},
     {"end_wait", reinterpret_cast<PyCFunction>(method_end_wait), METH_O, nullptr},
     {"enter", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_enter)), METH_FASTCALL, nullptr},
+    {"hear", reinterpret_cast<PyCFunction>(method_hear), METH_O, nullptr},
     {"here", reinterpret_cast<PyCFunction>(method_here), METH_NOARGS, nullptr},
     {"leave", reinterpret_cast<PyCFunction>(method_leave), METH_NOARGS, nullptr},
     {"phase_id", reinterpret_cast<PyCFunction>(method_phase_id), METH_O, nullptr},
+    {"row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_row)), METH_FASTCALL, nullptr},
+    {"new_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_new_step)), METH_FASTCALL, nullptr},
+    {"steps_end_with", reinterpret_cast<PyCFunction>(method_steps_end_with), METH_O, nullptr},
     {"phase_name", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_phase_name)), METH_FASTCALL, nullptr},
     {},
 };
 
 PyMemberDef kMembers[] = {
+    {"errands", T_BOOL, offsetof(Timeline, errands), 0, nullptr},
     {"gc_ns", T_LONGLONG, offsetof(Timeline, gc_ns), 0, nullptr},
     {"last_end", T_LONGLONG, offsetof(Timeline, last_end), READONLY, nullptr},
     {"last_step", T_LONGLONG, offsetof(Timeline, last_step), READONLY, nullptr},
+    {"look_at", T_LONGLONG, offsetof(Timeline, look_at), 0, nullptr},
     {"part", T_OBJECT, offsetof(Timeline, part), READONLY, nullptr},
     {"phase", T_LONGLONG, offsetof(Timeline, phase), READONLY, nullptr},
     {"spent", T_LONGLONG, offsetof(Timeline, spent), 0, nullptr},
@@ -369,6 +294,7 @@ int init(Timeline* self, PyObject* arguments, PyObject*) {
   self->mask = mask;
   self->thread = PyThread_get_thread_ident();
   self->step = self->last_step = self->micro_batch = kNull;
+  self->errands = 1;
   for (long long& word : self->attributes) word = kNull;
   self->outer = new std::vector<Outer>();
   self->waited = new std::vector<std::pair<long long, long long>>();
@@ -387,12 +313,14 @@ int traverse(Timeline* self, visitproc visit, void* arg) {
   Py_VISIT(self->recorder);
   Py_VISIT(self->ids);
   Py_VISIT(self->names);
+  Py_VISIT(self->end);
   return 0;
 }
 
 int clear(Timeline* self) {
   Py_CLEAR(self->ids);
   Py_CLEAR(self->names);
+  Py_CLEAR(self->end);
   return 0;
 }
 
@@ -426,11 +354,12 @@ PyTypeObject kTimeline = [] {
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "lens_timeline", nullptr, -1};
 
 }  // namespace
+}  // namespace lens
 
 PyMODINIT_FUNC PyInit_lens_timeline() {
-  if (PyType_Ready(&kTimeline) < 0) return nullptr;
-  PyObject* module = PyModule_Create(&kModule);
-  if (module && PyModule_AddObjectRef(module, "Timeline", reinterpret_cast<PyObject*>(&kTimeline)) < 0)
+  if (PyType_Ready(&lens::kTimeline) < 0 || PyType_Ready(&lens::kStep) < 0) return nullptr;
+  PyObject* module = PyModule_Create(&lens::kModule);
+  if (module && PyModule_AddObjectRef(module, "Timeline", reinterpret_cast<PyObject*>(&lens::kTimeline)) < 0)
     Py_CLEAR(module);
   return module;
 }
