@@ -15,6 +15,8 @@ from lens.hooks.values import Values
 from lens.slots import NULL
 
 _clock = time.monotonic_ns
+_MOST_LENGTHS = 16
+"""Numbers of tokens that something is kept for: they may differ with each batch."""
 
 
 class RouterForward(StandIn):
@@ -27,12 +29,14 @@ class RouterForward(StandIn):
         self._router = router
         self._row = row
         self._experts = experts
+        self._meanings: dict[Any, tuple[str, int, int] | None] = {}
+        """What was found in outputs of this form: kind, place among the outputs (-1: it is the output), experts."""
         self._compiling: Callable[[], bool] = torch.compiler.is_compiling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._original(*args, **kwargs)
         if not self._compiling():
-            self._experts.count(self._router, self._row, output)
+            self._experts.count(self._router, self._row, output, self._meanings)
         return output
 
 
@@ -43,9 +47,20 @@ class _Table:
         import torch
 
         self.counts = torch.zeros(rows, experts, dtype=torch.int64, device=device)
-        self.one = torch.ones(1, dtype=torch.int64, device=device)
+        self.rows = self.counts.unbind()
         self.layers: dict[int, int] = {}
         """Row -> layer, of the routers that ran in this step."""
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._ones: dict[int, Any] = {}
+
+    def ones(self, count: int) -> Any:
+        """So many ones, which take no memory."""
+        found = self._ones.get(count)
+        if found is None:
+            if len(self._ones) >= _MOST_LENGTHS:
+                self._ones.clear()
+            found = self._ones[count] = self._one.expand(count)
+        return found
 
 
 class Experts:
@@ -74,16 +89,25 @@ class Experts:
         except Exception as error:
             self.part.fail(error)
 
-    def count(self, router: Router, row: int, output: Any) -> None:
-        """Add one call of a router in the forward pass of a step; what is computed once more does not count."""
+    def count(self, router: Router, row: int, output: Any, meanings: dict[Any, Any]) -> None:
+        """Add one call of a router in the forward pass of a step; what is computed once more does not count.
+
+        Args:
+            meanings: what was found in outputs of this router, by their form; grows.
+        """
         timeline = self._timeline
         if not self.part.on or not timeline.here() or timeline.step == NULL or timeline.phase in self._passed_over:
             return
         began = _clock()
         try:
-            found = classify(output, router.experts, router.top_k)
-            if found is not None:
-                self._add(router, row, *found)
+            form = _form(output)
+            try:
+                meaning = meanings[form]
+            except KeyError:
+                meaning = meanings[form] = _meaning(output, router)
+            if meaning is not None:
+                kind, place, experts = meaning
+                self._add(router, row, kind, output if place < 0 else output[place], experts)
         except Exception as error:
             self.part.fail(error)
         timeline.spent_on_experts += _clock() - began
@@ -103,25 +127,23 @@ class Experts:
             self.part.switch_off()
 
     def _add(self, router: Router, row: int, kind: str, tensor: Any, experts: int) -> None:
-        import torch
-
         key = (experts, tensor.device)
         table = self.counted.get(key)
-        if table is None or row >= len(table.counts):
+        if table is None or row >= len(table.rows):
             table = self.counted[key] = _Table(self._rows, experts, tensor.device)
             self._timeline.errands = True
         table.layers[row] = router.layer
-        counts = table.counts[row]
-        with torch.no_grad():
-            if kind == "counts":
-                counts += tensor
-            elif kind == "map":
-                counts += (tensor.reshape(-1, experts) != 0).sum(0)
-            else:
-                chosen = tensor.detach().topk(router.top_k, dim=-1).indices if kind == "logits" else tensor
-                chosen = chosen.reshape(-1).long()
-                # Not bincount, which would wait for a device.
-                counts.scatter_add_(0, chosen, table.one.expand(len(chosen)))
+        counts = table.rows[row]
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if kind == "counts":
+            counts += tensor
+        elif kind == "map":
+            counts += (tensor.reshape(-1, experts) != 0).sum(0)
+        else:
+            chosen = tensor.topk(router.top_k, -1, True, False).indices if kind == "logits" else tensor.long()
+            # Not bincount, which would wait for a device.
+            counts.scatter_add_(0, chosen.reshape(-1), table.ones(chosen.numel()))
 
     def _record(self, table: _Table) -> None:
         layers, table.layers = table.layers, {}
@@ -137,3 +159,26 @@ class Experts:
         else:
             write(table.counts.reshape(-1).tolist())
         table.counts.zero_()
+
+
+def _form(output: Any) -> Any:
+    """All that the meaning of an output depends on, but for its router: dtype, dimensions and last size of tensors."""
+    import torch
+
+    if isinstance(output, (tuple, list)):
+        return tuple(map(_form, output))
+    if type(output) is not torch.Tensor:
+        return None
+    shape = output.shape
+    return output.dtype, output.device, len(shape), shape[-1] if shape else 0
+
+
+def _meaning(output: Any, router: Router) -> tuple[str, int, int] | None:
+    """What `classify` finds in an output, with the place of the tensor instead of the tensor itself."""
+    found = classify(output, router.experts, router.top_k)
+    if found is None:
+        return None
+    kind, tensor, experts = found
+    several = isinstance(output, (tuple, list))
+    place = next(index for index, each in enumerate(output) if each is tensor) if several else -1
+    return kind, place, experts
