@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lens.hooks.timeline import Timeline, timeline_of
+from lens.hooks.values import Values
 from lens.recorder import Recorder
-from lens.ring_reader import RingReader
+from lens.ring_reader import RingReader, write_control
 from lens.settings import Settings
 from lens.slots import iter_records
 
@@ -31,11 +32,18 @@ CALLS = st.one_of(
     st.tuples(st.just("begin_wait")),
     st.tuples(st.just("end_wait"), st.booleans()),
     st.tuples(st.just("arrive")),
+    st.tuples(st.just("end_alone"), st.booleans()),
+    st.tuples(
+        st.just("log"),
+        st.sampled_from((1, 8, 9, 40)),
+        st.none() | small,
+        st.integers(-3, 3) | st.floats(allow_nan=False),
+    ),
     st.tuples(st.just("elsewhere"), st.sampled_from(NAMES)),
     st.tuples(st.just("while off"), st.sampled_from(NAMES)),
 )
 STATE = ("step", "phase", "steps", "last_step", "steps_by_hand", "gc_ns")
-TIMES = ("t0", "t1", "overhead_ns")
+TIMES = ("t", "t0", "t1", "overhead_ns")
 
 
 class Side:
@@ -44,12 +52,20 @@ class Side:
     def __init__(self, rings: Path, compiled: bool) -> None:
         self.recorder = Recorder.create(Settings.load({}, rings=rings, ring_mib=1, host="test"), {})
         self.timeline = timeline_of(self.recorder, compiled)
+        self.values = Values(self.recorder, self.timeline)
+        self.timeline.look_at = 2**62
 
     def do(self, name: str, *words: Any) -> Any:
         timeline = self.timeline
         if name == "enter":
             phase, micro_batch, found = words
             return timeline.enter(timeline.phase_id(phase), micro_batch, found)
+        if name == "end_alone":
+            (timeline.errands,) = words
+            return timeline.end_alone()
+        if name == "log":
+            width, step, value = words
+            return self.values.log({f"metric{place}": value for place in range(width)}, step)
         if name == "elsewhere":
             return in_another_thread(
                 lambda: (timeline.here(), timeline.enter(timeline.phase_id(words[0]), 0, True))
@@ -68,7 +84,7 @@ class Side:
         part = reader.poll()
         records = list(iter_records(part)) if part else []
         for one in records:
-            assert one["t0"] <= one["t1"]
+            assert one["t0"] <= one.get("t1", one["t0"])
         spans = [{key: value for key, value in span.items() if key not in TIMES} for span in reader.open_spans()]
         timeless = [{key: value for key, value in one.items() if key not in TIMES} for one in records]
         state = {name: getattr(self.timeline, name) for name in STATE}
@@ -113,6 +129,35 @@ def test_time_spent_is_counted_and_can_be_added_to(tmp_path: Path) -> None:
     assert step["overhead_ns"] > 12_000_000
     with pytest.raises(AttributeError):
         timeline.steps = 5
+
+
+def test_a_step_marked_by_hand_ends_alone_unless_something_else_is_to_be_done(tmp_path: Path) -> None:
+    for compiled in (True, False):
+        side = Side(tmp_path / str(compiled), compiled)
+        timeline, ended = side.timeline, []
+
+        def end(timeline: Timeline = timeline, ended: list[int] = ended) -> None:
+            ended.append(timeline.end_step())
+
+        new_step = timeline.steps_end_with(end)
+        timeline.errands = False
+        for number in range(3):
+            with new_step(number, None, None, None):
+                assert timeline.step == number
+        assert (timeline.steps, len(ended)) == (3, 0)
+        timeline.errands = True
+        with new_step(None, 7, None, None):
+            pass
+        timeline.errands = False
+        with pytest.raises(KeyError), new_step(None, None, None, None):
+            raise KeyError
+        write_control(side.recorder.path, detach=1)
+        with new_step(None, None, None, None):
+            pass
+        assert (timeline.steps, len(ended)) == (5, 2)
+        part = RingReader(side.recorder.path).poll()
+        assert part is not None
+        assert [one["step"] for one in iter_records(part)] == [0, 1, 2, 3, 5]
 
 
 def test_a_recorder_of_another_layout_is_left_to_python() -> None:
