@@ -33,6 +33,8 @@ DATA_SHARE, UPDATE_SHARE, ATTENTION_SHARE, SQUARED_SHARE = 0.02, 0.04, 0.5, 0.3
 squared sequence length."""
 MEAN_LENGTH = 2048
 USUALLY_DROPPED = 0.02
+HAND_OVER_S = 2e-5
+"""A send is over once the port has it."""
 REDUCED_FROM = 1024
 """Clusters of more ranks send vectors over ranks instead of spans, as large runs do."""
 CLOCK_OFFSET_S = 0.001
@@ -342,19 +344,20 @@ class _Simulation:
         return skips
 
     def _hand_over(self, source: Rows, target: Rows, name: str, batch: int) -> None:
-        """Each rank of a stage sends to its counterpart in the next, and goes on; that one waits for the bytes."""
+        """Each rank of a stage gives what it sends to its port, and goes on; its counterpart in the next waits for the bytes."""
         pairs = np.stack([source, target], axis=1)
         size = self.cluster.tokens * HIDDEN * HALF / self.layout.pp
         entered, sent = self.clock[target].copy(), self.clock[source].copy()
         last = np.maximum(entered, sent)
         left = last + self.fabric.seconds("recv", pairs, np.full(pairs.shape, size), self.now)
-        self.clock[target] = left
+        handed = sent + HAND_OVER_S
+        self.clock[source], self.clock[target] = handed, left
         if self.reduced is not None:
             self.reduced.collective("pp", "recv", name, target[:, None], entered[:, None], last, left[:, None])
             return
         groups = self.writer.codes(f"pp/{place}:{a}-{b}" for place, (a, b) in enumerate(pairs.tolist()))
         seq = self.step * self.layout.pp + batch
-        sides = (("send", source, target, sent, sent + 2e-5), ("recv", target, source, entered, left))
+        sides = (("send", source, target, sent, handed), ("recv", target, source, entered, left))
         for op, rows, peer, begun, ended in sides:
             here = np.isfinite(begun)
             self.writer.add(

@@ -47,6 +47,20 @@ def test_nobody_leaves_a_collective_before_the_last_has_entered(cluster: Cluster
 
 
 @FEW
+@given(clusters())
+def test_a_rank_is_in_one_blocking_collective_at_a_time(cluster: Cluster) -> None:
+    table = simulate(cluster).tables.collectives
+    blocking = table["is_async"] == 0
+    rank, t0, t1 = (table[name][blocking] for name in ("rank", "t0_ns", "t1_ns"))
+    order = np.lexsort((t0, rank))
+    same = np.diff(rank[order]) == 0
+    # Whoever is still in one has entered no other; all others were over before the next began.
+    ends = t1[order][:-1][same]
+    assert (ends != NULL).all()
+    assert (ends <= t0[order][1:][same]).all()
+
+
+@FEW
 @given(clusters(ending=False))
 def test_the_bytes_of_a_collective_are_those_of_its_tensors(cluster: Cluster) -> None:
     tables = simulate(cluster).tables
