@@ -25,11 +25,11 @@ CAUSES = {
 }  # fmt: skip
 
 BOUND_SHARE = 0.15
-"""Of the step: what is fed must take so much of it on nearly every rank …"""
+"""Of the step: what always took so long must take so much of it on nearly every rank …"""
 NEARLY_ALL = 0.1
 """… which leaves out this share of the ranks."""
 RISEN = 2.0
-"""Fed from the start like now, unless it rose by this factor."""
+"""It was so from the start, unless it rose by this factor; then what it rose by must be worth naming."""
 FULL_QUEUE = 1.0
 """Batches that lie ready on a typical rank: with more than this the loaders are not what is waited for."""
 STEPS = 20
@@ -82,7 +82,8 @@ class Feeding:
             onset, before, now = 0, 0.0, float(np.nanmean(share))
         # The ranks that wait least: what single ranks wait for is their own.
         parts = share[onset:], share[onset:][-policy.CALM_STEPS :]
-        if min(float(np.nanquantile(median(part), NEARLY_ALL, method="lower")) for part in parts) < BOUND_SHARE:
+        bar = before + policy.SMALLEST_EFFECT if onset else BOUND_SHARE
+        if min(float(np.nanquantile(median(part), NEARLY_ALL, method="lower")) for part in parts) < bar:
             return None
         after = steps[onset:]
         queued = self._queued(after) if kind.feature == "data" else None
@@ -98,7 +99,7 @@ class Feeding:
         evidence = [Evidence("phase.duration", past, float(np.nanmedian(typical)))]
         if queued is not None:
             evidence.append(Evidence("train.data.queue_depth", None, queued))
-        sure = notices.sureness(now, BOUND_SHARE, 0.95)
+        sure = notices.sureness(now - before, policy.SMALLEST_EFFECT if onset else BOUND_SHARE, 0.95)
         since = "" if onset else ", since the first step"
         return Notice(
             kind.cause, (), int(after[0]) if onset else 0, None, sure if queued is None else max(sure, 0.9),
