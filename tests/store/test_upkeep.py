@@ -20,8 +20,9 @@ from lens.store.folder import DataFolder
 from lens.store.query import Query
 from lens.store.relations import Selection
 from lens.store.schema import STEP_BUCKET, TARGETS
+from lens.store.upkeep import keeper
 from lens.store.upkeep.keeper import Upkeep
-from lens.store.upkeep.retention import expired
+from lens.store.upkeep.retention import Expired, expired
 
 from . import helpers
 from .helpers import SECOND, ndjson, sample, send, step_span
@@ -143,6 +144,26 @@ def test_a_step_stays_whole_as_long_as_its_bucket_holds_anything_newer(
     assert len(steps) == 150
 
 
+def test_what_comes_while_the_store_looks_for_old_records_stays(
+    folder: DataFolder, query: Query, upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.describe_run({"run": "r"})
+    send(folder, "r", aged([step_span(0, step) for step in range(300)], 3 * DAY))
+    folder.settle()
+    upkeep.set_retention(None, DAY)
+
+    def look_slowly(*arguments: Any) -> Expired:
+        found = expired(*arguments)
+        send(folder, "r", [{**aged([step_span(0, 0)], 0)[0], "step": 150}])
+        folder.settle()
+        return found
+
+    monkeypatch.setattr(keeper, "expired", look_slowly)
+    upkeep.tidy()
+    steps = query.tables("r")[1].steps["step"].tolist()
+    assert sorted(steps) == sorted([150, *range(100, 200)])
+
+
 @given(records=helpers.record_lists, before=st.integers(0, 2**62))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_stays_is_what_the_rule_says_and_the_rollup_speaks_of_it_alone(
@@ -152,9 +173,8 @@ def test_what_stays_is_what_the_rule_says_and_the_rollup_speaks_of_it_alone(
     folder.describe_run({"run": run})
     send(folder, run, records)
     folder.settle()
-    keeper = Upkeep(folder)
     number = folder.registry.run(run).number
-    keeper._prune_run(number, before)
+    Upkeep(folder)._prune_run(number, before)
     before -= before % 10_000_000_000
 
     def newest(record: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from lens.store.errors import StoreBehindError, StoreError
 from lens.store.folder import DataFolder
 from lens.store.schema import MIGRATIONS, TARGETS
-from lens.store.upkeep.retention import EVERY_RUN, Expired, expired, rules_of, set_rule
+from lens.store.upkeep.retention import EVERY_RUN, expired, parts_of, rules_of, set_rule, without_renewed
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,10 @@ class Upkeep:
             StoreError: the database fails; a run that is unknown after that is deleted, its rows go later.
         """
         known = self._folder.delete_run(run)
-        return {"run": known.id, "removed": self._begin_deleting(_of_runs([known.number]))}
+        rows = _of_runs([known.number])
+        removed = self._count(rows)
+        self._begin_deleting(rows, removed)
+        return {"run": known.id, "removed": removed}
 
     def compact(self) -> dict[str, Any]:
         """Delete what is past its retention or of deleted runs, and merge parts; returns when all is done:
@@ -213,8 +216,9 @@ class Upkeep:
 
     def _sweep(self) -> dict[str, int]:
         """Delete what is left of deleted runs."""
-        gone = self._folder.registry.deleted
-        removed = self._begin_deleting(_of_runs(sorted(gone))) if gone else {}
+        rows = _of_runs(sorted(self._folder.registry.deleted))
+        removed = self._count(rows)
+        self._begin_deleting(rows, removed)
         self._wait_deleted(list(removed))
         return removed
 
@@ -225,34 +229,41 @@ class Upkeep:
             keep_s = rules.keep_s(run.number)
             if keep_s is None or self._stopping.is_set():
                 continue
-            before_ns = time.time_ns() - keep_s * 1_000_000_000
-            # Looked for twice: inserts are held up only where there is something to delete.
-            if expired(self._store, run.number, before_ns):
-                removed = _sum(removed, self._prune_run(run.number, before_ns))
+            removed = _sum(removed, self._prune_run(run.number, time.time_ns() - keep_s * 1_000_000_000))
         return removed
 
     def _prune_run(self, number: int, before_ns: int) -> dict[str, int]:
-        # No insert between looking and deleting: a bucket that has just got something new must stay.
+        seen = parts_of(self._store)
+        past = expired(self._store, number, before_ns)
+        if not past:
+            return {}
+        counted = self._count(past.conditions())
+        # Looking takes long, and inserts go on: a bucket that has got something new meanwhile must stay. What comes
+        # after the mutations have begun is not reached by them.
         with self._folder.applier.quiet(self._folder.limits.read_wait_s):
-            past: Expired = expired(self._store, number, before_ns)
-            removed = self._begin_deleting(past.conditions()) if past else {}
+            still = without_renewed(self._store, past, seen)
+            removed = counted if still == past else self._count(still.conditions())
+            self._begin_deleting(still.conditions(), removed)
         self._wait_deleted(list(removed))
         # What was worked out from the records before does not hold any more.
         self._folder.arrivals.drop(number)
         self._folder.registry.progress(number).pruned += 1
         return removed
 
-    def _begin_deleting(self, conditions: dict[str, str]) -> dict[str, int]:
-        """How many rows will go, by table, where there are any."""
-        removed: dict[str, int] = {}
-        for table, condition in conditions.items():
-            rows = int(self._store.scalar(f"SELECT count() FROM lens.{table} WHERE {condition}"))
-            if rows:
-                removed[table] = rows
-                self._store.command(
-                    f"ALTER TABLE lens.{table} DELETE WHERE {condition} SETTINGS mutations_sync = 0"
-                )
-        return removed
+    def _count(self, conditions: dict[str, str]) -> dict[str, int]:
+        """How many rows are like this, by table, where there are any."""
+        counts = {
+            table: int(self._store.scalar(f"SELECT count() FROM lens.{table} WHERE {condition}"))
+            for table, condition in conditions.items()
+        }
+        return {table: count for table, count in counts.items() if count}
+
+    def _begin_deleting(self, conditions: dict[str, str], tables: Iterable[str]) -> None:
+        for table in tables:
+            # Not waited for: the statement would hold up all writing until it is done.
+            self._store.command(
+                f"ALTER TABLE lens.{table} DELETE WHERE {conditions[table]} SETTINGS mutations_sync = 0"
+            )
 
     def _wait_deleted(self, tables: list[str]) -> None:
         """Returns when the mutations of these tables are done.
@@ -302,7 +313,7 @@ class Upkeep:
 
 def _of_runs(numbers: Iterable[int]) -> dict[str, str]:
     """Conditions on all rows of some runs, by table."""
-    return dict.fromkeys(TARGETS, f"run IN ({', '.join(map(str, numbers))})")
+    return dict.fromkeys(TARGETS, f"run IN ({', '.join(map(str, numbers)) or 'NULL'})")
 
 
 def _share(number: int, rows: dict[str, dict[int, int]], tables: dict[str, dict[str, int]]) -> int:

@@ -8,9 +8,9 @@ speaks of samples that are gone, a step is there with all its records or not at 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lens.store.engine import Store
+from lens.store.engine import Store, quote
 from lens.store.errors import StoreError
 from lens.store.schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
@@ -106,23 +106,49 @@ class Expired:
         return f"run = {self.run} AND ((step < 0 AND {time_of} < {self.before_ns}) OR (step >= 0 AND {steps}))"
 
 
+Parts = dict[str, list[str]]
+"""Names of the files of each table."""
+
+
+def parts_of(store: Store) -> Parts:
+    """The parts that the tables of records have now."""
+    found = store.query("SELECT table, name FROM system.parts WHERE database = 'lens' AND active").to_pylist()
+    return {table: [row["name"] for row in found if row["table"] == table] for table in _TIMES}
+
+
 def expired(store: Store, number: int, before_ns: int) -> Expired:
-    """What of a run is older than this, as far as whole buckets are."""
+    """What of a run is older than this, as far as whole buckets are. Reads all its records' times."""
     before_ns -= before_ns % TIME_BUCKET_NS
+    buckets = _buckets(store, number, f"if(bucket = {_NO_STEP}, first, last) < {before_ns}")
+    steps = [each for each in buckets if each != _NO_STEP]
+    return Expired(number, before_ns, _NO_STEP in buckets, tuple(_ranges(steps)))
+
+
+def without_renewed(store: Store, past: Expired, seen: Parts) -> Expired:
+    """The same without buckets of steps of which parts not `seen` hold something newer. Reads those parts alone."""
+    newer = set(_buckets(store, past.run, f"last >= {past.before_ns}", seen))
+    steps = (step for first, last in past.buckets for step in range(first, last + 1) if step not in newer)
+    return replace(past, buckets=tuple(_ranges(steps)))
+
+
+def _buckets(store: Store, number: int, having: str, seen: Parts | None = None) -> list[int]:
+    """Buckets of a run's records whose oldest (`first`) and newest time (`last`) are like this, in order."""
     bucket = f"if(step < 0, {_NO_STEP}, intDiv(step, {STEP_BUCKET}))"
     parts = (
         f"SELECT {bucket} AS bucket, min({time_of}) AS oldest, max({time_of}) AS newest FROM lens.{table} "
-        f"WHERE run = {number} GROUP BY bucket"
+        f"WHERE run = {number}{_not_in(seen[table]) if seen else ''} GROUP BY bucket"
         for table, time_of in _TIMES.items()
     )
-    rows = store.query(
+    found = store.query(
         "SELECT bucket, min(oldest) AS first, max(newest) AS last "
-        f"FROM ({' UNION ALL '.join(parts)}) GROUP BY bucket "
-        f"HAVING if(bucket = {_NO_STEP}, first, last) < {before_ns} ORDER BY bucket"
+        f"FROM ({' UNION ALL '.join(parts)}) GROUP BY bucket HAVING {having} ORDER BY bucket"
     )
-    buckets = rows.column("bucket").to_pylist()
-    steps = [each for each in buckets if each != _NO_STEP]
-    return Expired(number, before_ns, _NO_STEP in buckets, tuple(_ranges(steps)))
+    buckets: list[int] = found.column("bucket").to_pylist()
+    return buckets
+
+
+def _not_in(parts: list[str]) -> str:
+    return f" AND _part NOT IN ({', '.join(map(quote, parts))})" if parts else ""
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
