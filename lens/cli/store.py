@@ -8,8 +8,12 @@
     lens store retention --follow --run NAME   # keep this run as all others are kept
     lens store compact                         # delete what is past its time now, merge parts
     lens store delete RUN                      # delete a run with all its records, for good
+    lens store token                           # who has a token beside the owner, and what for
+    lens store token NAME --scope ingest,read  # make one (ingest, read, admin); it is shown once
+    lens store token NAME --off                # take it back
 
 A server deletes what is past its time every hour. While one runs, this verb asks it; else it opens the folder.
+Tokens are made where the folder is, and hold at once.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
@@ -27,6 +32,9 @@ from lens.cli.options import add_data, add_server, settings_of
 from lens.cli.query import table_of
 from lens.cli.reader import ServerReader, server_of
 from lens.settings import Settings
+
+if TYPE_CHECKING:
+    from lens.store.tokens import Holder
 
 HELP = "the store's size, retention, compaction; deletes runs"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -36,11 +44,16 @@ _HINT = "see: lens store --help"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("action", choices=_ACTIONS, metavar="|".join(_ACTIONS))
-    parser.add_argument("word", nargs="?", metavar="TIME|RUN", help="how long (retention), or which run (delete)")
+    parser.add_argument("action", choices=_NAMES, metavar="|".join(_NAMES))
+    parser.add_argument(
+        "word", nargs="?", metavar="TIME|RUN|NAME", help="how long (retention), which run (delete), whose (token)"
+    )
     parser.add_argument("--run", metavar="RUN", help="retention: of this run alone")
-    parser.add_argument("--off", action="store_true", help="retention: keep for ever")
+    parser.add_argument("--off", action="store_true", help="retention: keep for ever; token: take it back")
     parser.add_argument("--follow", action="store_true", help="retention: keep the run as all others are kept")
+    parser.add_argument(
+        "--scope", metavar="SCOPES", help="token: what it is for: ingest, read, admin; several with commas"
+    )
     parser.add_argument("--yes", action="store_true", help="delete: do not ask")
     add_data(parser)
     add_server(parser)
@@ -49,6 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the action says."""
     _check(arguments)
+    if arguments.action == "token":
+        return _token(settings_of(arguments).data, arguments)
     store = _open(settings_of(arguments))
     try:
         try:
@@ -151,8 +166,16 @@ def _check(arguments: argparse.Namespace) -> None:
         problem = "lens store delete takes the id of a run"
     elif action in ("info", "compact") and word is not None:
         problem = f"lens store {action} takes no {word!r}"
-    elif action != "retention" and (arguments.run or arguments.off or arguments.follow):
-        problem = "--run, --off and --follow belong to lens store retention"
+    elif action != "retention" and (arguments.run or arguments.follow):
+        problem = "--run and --follow belong to lens store retention"
+    elif action not in ("retention", "token") and arguments.off:
+        problem = "--off belongs to lens store retention and lens store token"
+    elif arguments.scope and (action != "token" or word is None):
+        problem = "--scope belongs to lens store token NAME"
+    elif action == "token" and (arguments.off if word is None else bool(arguments.scope) == arguments.off):
+        problem = "a token takes its name and either --scope or --off"
+    elif action == "token" and arguments.server:
+        problem = "tokens are made where the folder is: leave out --server"
     elif action == "retention" and changes > 1:
         problem = "a time, --off and --follow exclude each other"
     elif arguments.follow and not arguments.run:
@@ -229,6 +252,47 @@ _ACTIONS: dict[str, Callable[[StoreDoor, argparse.Namespace], int]] = {
     "compact": _compact,
     "delete": _delete,
 }
+
+
+_NAMES = (*_ACTIONS, "token")
+
+
+def _token(data: Path, arguments: argparse.Namespace) -> int:
+    """Tokens are a file of the folder: no server and no database is asked."""
+    from lens.store.audit import Audit, local_user
+    from lens.store.errors import StoreError
+    from lens.store.tokens import Tokens
+
+    if not data.is_dir():
+        raise CommandError(f"there is no data folder {data}", "name one with --data", UNUSABLE)
+    name, audit, tokens = arguments.word, Audit(data), Tokens(data)
+    try:
+        if name is None:
+            return _list_tokens(tokens.holders(), arguments.json)
+        if arguments.off:
+            tokens.remove(name)
+            audit.note(local_user(), "token.removed", name=name)
+            print(json.dumps({"name": name}) if arguments.json else f"the token of {name} holds no more")
+            return DONE
+        scopes = sorted({scope.strip() for scope in arguments.scope.split(",")})
+        token = tokens.add(name, scopes)
+        audit.note(local_user(), "token.added", name=name, scopes=scopes)
+    except StoreError as error:
+        raise CommandError(str(error), error.hint or _HINT, UNUSABLE) from error
+    print(json.dumps({"name": name, "scopes": scopes, "token": token}) if arguments.json else token)
+    return DONE
+
+
+def _list_tokens(holders: list[Holder], as_json: bool) -> int:
+    if as_json:
+        rows = [
+            {"name": each.name, "scopes": sorted(each.scopes), "created_ns": each.created_ns} for each in holders
+        ]
+        print(json.dumps({"tokens": rows}))
+        return DONE
+    lines = [f"{each.name}: {', '.join(sorted(each.scopes))}" for each in holders]
+    print("\n".join(lines) or "nobody but the owner has a token")
+    return DONE
 
 
 def _confirm(question: str) -> None:

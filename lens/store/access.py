@@ -1,4 +1,5 @@
-"""Who may ask: token, Host allow-list (against DNS rebinding), Origin check (against other sites' pages).
+"""Who may ask what: tokens and their scopes, Host allow-list (against DNS rebinding), Origin check (against other
+sites' pages).
 
 A plain ASGI middleware, since it has to cover everything that is served: API, pages, files and websockets.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import logging
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,10 +23,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lens.store.errors import StoreError
+from lens.store.tokens import ADMIN, INGEST, OWNER, READ, Holder, Tokens
+
+logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/healthz"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 COOKIE = "lens_token"
+HOLDER = "lens.holder"
+"""Where a request's scope says whose token it came with."""
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -36,22 +44,48 @@ class Guard:
     """Names it may be called by."""
     any_address: bool = False
     """Whether any IP address will do as a name: a page cannot be rebound to one."""
+    tokens: Tokens | None = None
+    """Tokens of others than the owner."""
 
     def knows_host(self, header: str) -> bool:
         """Whether a Host header names this server."""
         name = _host_name(header)
         return name in self.hosts or (self.any_address and _is_address(name))
 
-    def knows_token(self, token: str) -> bool:
-        """Whether this is the token."""
-        return hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode())
+    def holder(self, token: str) -> Holder | None:
+        """Who has this token; None if it is none."""
+        if hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode()):
+            return OWNER
+        try:
+            return self.tokens.find(token) if self.tokens is not None else None
+        except StoreError as error:
+            logger.error("nobody but the owner is let in: %s", error)
+            return None
 
 
-def guard_of(token: str, address: str, names: Iterable[str] = ()) -> Guard:
+def guard_of(token: str, address: str, names: Iterable[str] = (), tokens: Tokens | None = None) -> Guard:
     """The rules for a server that listens on this address and may be called by these names too."""
+    hosts = _LOOPBACK_NAMES | {name.lower() for name in names}
     if is_loopback(address):
-        return Guard(token, _LOOPBACK_NAMES | {name.lower() for name in names})
-    return Guard(token, _LOOPBACK_NAMES | {address.lower(), *(name.lower() for name in names)}, any_address=True)
+        return Guard(token, hosts, tokens=tokens)
+    return Guard(token, hosts | {address.lower()}, any_address=True, tokens=tokens)
+
+
+def scope_of(method: str, path: str) -> str:
+    """What a token must be for to send this request; a websocket counts as GET."""
+    for methods, paths, scope in _NEEDED:
+        if method in methods and re.fullmatch(paths, path, re.S):
+            return scope
+    return ADMIN
+
+
+_NEEDED = (
+    ({"POST"}, r"/api/v1/runs|/api/v1/runs/[^/]+/records|/api/v1/write|/v1/metrics", INGEST),
+    ({"POST"}, r"/api/v1/query", READ),
+    (SAFE_METHODS, r".*", READ),
+    ({"POST"}, r"(?!/api/|/v1/).*", READ),  # what pages ask their server
+)
+"""Methods, paths and what they need; what is not named here needs admin."""
 
 
 def is_loopback(address: str) -> bool:
@@ -125,31 +159,36 @@ class Access:
             return None
         query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         given = [value for key, value in query if key == "token"]
-        if not given or not self._guard.knows_token(given[0]):
+        if not given or self._guard.holder(given[0]) is None:
             return None
         rest = urlencode([(key, value) for key, value in query if key != "token"])
         # One leading slash: two would name another host.
         location = "/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else "")
-        cookie = f"{_cookie_name(scope)}={self._guard.token}; Path=/; HttpOnly; SameSite=Strict"
+        cookie = f"{_cookie_name(scope)}={given[0]}; Path=/; HttpOnly; SameSite=Strict"
         return _Refusal(303, "", "", (("location", location), ("set-cookie", cookie)))
 
     def _unauthorized(self, scope: Scope, headers: Headers) -> _Refusal | None:
+        """Refuse who has no token, or one for other things; else note in the scope who it is."""
         authorization = headers.get("authorization", "")
         scheme, _, token = authorization.partition(" ")
-        if scheme.lower() == "bearer" and self._guard.knows_token(token.strip()):
-            return None
-        if not authorization and any(self._guard.knows_token(value) for value in _cookies(scope, headers)):
-            return None
-        hint = (
-            "open the URL that lens serve printed; programs send Authorization: Bearer TOKEN, "
-            "the token is in the file token of the data folder"
-        )
-        return _Refusal(
-            401,
-            "the token is wrong" if authorization else "a token is needed",
-            hint,
-            (("www-authenticate", "Bearer"),),
-        )
+        given = [token.strip()] if scheme.lower() == "bearer" else [] if authorization else _cookies(scope, headers)
+        holder = next(filter(None, map(self._guard.holder, given)), None)
+        if holder is None:
+            hint = (
+                "open the URL that lens serve printed; programs send Authorization: Bearer TOKEN, "
+                "the token is in the file token of the data folder"
+            )
+            said = "the token is wrong" if authorization else "a token is needed"
+            return _Refusal(401, said, hint, (("www-authenticate", "Bearer"),))
+        needed = scope_of(scope.get("method", "GET"), scope["path"])
+        if not holder.may(needed):
+            return _Refusal(
+                403,
+                f"the token of {holder.name} is not for this: {needed} is needed",
+                "ask for one: lens store token",
+            )
+        scope[HOLDER] = holder.name
+        return None
 
 
 @dataclass(frozen=True)

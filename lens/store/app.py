@@ -22,6 +22,7 @@ from lens.store.live import LiveFeed
 from lens.store.query import Query
 from lens.store.replies import error_reply, install_error_handlers, json_reply
 from lens.store.sql import route as sql
+from lens.store.tokens import Tokens
 from lens.store.upkeep import route as upkeep
 from lens.store.upkeep.keeper import Upkeep
 from lens.store.verdicts import Verdicts
@@ -47,7 +48,7 @@ def create_app(
     Raises:
         StoreError: the token file cannot be kept.
     """
-    rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts)
+    rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts, Tokens(settings.data))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

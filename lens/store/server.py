@@ -16,6 +16,7 @@ from lens.store.access import guard_of, is_loopback, token_of
 from lens.store.app import create_app
 from lens.store.errors import StoreError
 from lens.store.folder import DataFolder, Limits
+from lens.store.tokens import Tokens
 
 Ready = Callable[[str], None]
 Mount = Callable[[FastAPI], None]
@@ -61,7 +62,7 @@ def serve(
         raise
     token = token_of(settings.data, settings.token)
     own_names = {*names, *((settings.host, socket.gethostname(), socket.getfqdn()) if public else ())}
-    app = create_app(settings, store=folder, guard=guard_of(token, host, own_names))
+    app = create_app(settings, store=folder, guard=guard_of(token, host, own_names, Tokens(settings.data)))
     if mount is not None:
         mount(app)
     bound = listener.getsockname()[1]

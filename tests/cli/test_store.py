@@ -140,7 +140,14 @@ def test_deleting_asks_who_sits_there(tmp_path: Path, answer: str, code: int, le
     [
         (["delete"], "takes the id of a run"),
         (["info", "r"], "takes no 'r'"),
-        (["compact", "--off"], "belong to lens store retention"),
+        (["compact", "--off"], "belongs to lens store retention"),
+        (["token", "bob"], "either --scope or --off"),
+        (["token", "bob", "--scope", "read", "--off"], "either --scope or --off"),
+        (["token", "--off"], "either --scope or --off"),
+        (["token", "--scope", "read"], "belongs to lens store token NAME"),
+        (["token", "bob", "--scope", "write"], "ingest, read or admin"),
+        (["token", "owner", "--scope", "read"], "is no name"),
+        (["token", "bob", "--off"], "bob has no token"),
         (["retention", "1d", "--off"], "exclude each other"),
         (["retention", "--follow"], "takes --run"),
         (["retention", "soon"], "soon is no time"),
@@ -180,3 +187,23 @@ def test_no_times(text: str) -> None:
 
 def test_sizes() -> None:
     assert [size_of(each) for each in (0, 1023, 1536, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
+
+
+def test_tokens_are_made_listed_and_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lens.cli.main import main
+
+    def store(*words: str) -> tuple[int, str]:
+        code = main(["store", "token", *words, "--data", str(tmp_path)])
+        return code, capsys.readouterr().out.strip()
+
+    assert store() == (DONE, "nobody but the owner has a token")
+    code, token = store("bob", "--scope", "read,ingest")
+    assert code == DONE
+    assert len(token) > 40
+    assert store() == (DONE, "bob: ingest, read")
+    assert store("bob", "--scope", "read")[0] == UNUSABLE
+    assert all(token not in path.read_text() for path in tmp_path.iterdir() if path.is_file())
+    assert store("bob", "--off")[0] == DONE
+    assert json.loads(store("--json")[1]) == {"tokens": []}
+    noted = [json.loads(line) for line in (tmp_path / "audit.ndjson").read_text().splitlines()]
+    assert [(line["action"], line["name"]) for line in noted] == [("token.added", "bob"), ("token.removed", "bob")]

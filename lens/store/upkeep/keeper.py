@@ -14,10 +14,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lens.store.audit import Audit, local_user
 from lens.store.errors import StoreBehindError, StoreError
 from lens.store.folder import DataFolder
 from lens.store.schema import MIGRATIONS, TARGETS
-from lens.store.upkeep.retention import EVERY_RUN, expired, parts_of, rules_of, set_rule, without_renewed
+from lens.store.upkeep.retention import (
+    EVERY_RUN,
+    check_time,
+    expired,
+    parts_of,
+    rules_of,
+    set_rule,
+    without_renewed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +38,15 @@ _OF_SAMPLES = ("samples", "rollup", "latest")
 
 
 class Upkeep:
-    """The care of one data folder. Thread-safe; deleting, pruning and merging happen one after the other."""
+    """The care of one data folder. Thread-safe; pruning and merging happen one after the other.
+
+    `who` is the holder of the token that asked, None for a user of this machine who opened the folder.
+    """
 
     def __init__(self, folder: DataFolder, every_s: float = EVERY_S) -> None:
         self._folder, self._store = folder, folder.store
         self._every_s = every_s
+        self._audit = Audit(folder.path)
         self._working = threading.Lock()
         self._compacting = threading.Lock()
         self._stopping = threading.Event()
@@ -79,7 +92,9 @@ class Upkeep:
             "runs": [{"run": run.id, "keep_s": rules.runs[run.number]} for run in own],
         }
 
-    def set_retention(self, run: str | None, keep_s: int | None, follow: bool = False) -> dict[str, Any]:
+    def set_retention(
+        self, run: str | None, keep_s: int | None, follow: bool = False, who: str | None = None
+    ) -> dict[str, Any]:
         """Keep the records of all runs, or of one, for so many seconds; None is for ever. With `follow` a run has no
         rule of its own any more. Returns what holds then.
 
@@ -88,6 +103,8 @@ class Upkeep:
             BadRetentionError: no such time.
         """
         number = EVERY_RUN if run is None else self._folder.registry.run(run).number
+        check_time(keep_s)
+        self._note(who, "retention.set", run=run, keep_s=keep_s, follow=follow)
         set_rule(self._store, number, keep_s, follow)
         return self.retention()
 
@@ -121,7 +138,7 @@ class Upkeep:
             ],
         }
 
-    def delete_run(self, run: str) -> dict[str, Any]:
+    def delete_run(self, run: str, who: str | None = None) -> dict[str, Any]:
         """Delete a run with all its records: {run, removed}, its rows by table. Nobody can read them any more when
         this returns; the disk has its space back some time later (`tidy` waits for that).
 
@@ -129,6 +146,8 @@ class Upkeep:
             UnknownRunError: no such run.
             StoreError: the database fails; a run that is unknown after that is deleted, its rows go later.
         """
+        self._folder.registry.run(run)
+        self._note(who, "run.deleted", run=run)
         known = self._folder.delete_run(run)
         rows = _of_runs([known.number])
         removed = self._count(rows)
@@ -142,13 +161,19 @@ class Upkeep:
         Raises:
             StoreError: the database fails.
         """
+        self._note(None, "compacted")
         with self._compacting:
             return self._compact()
 
-    def begin_compaction(self) -> dict[str, Any]:
+    def begin_compaction(self, who: str | None = None) -> dict[str, Any]:
         """The same in the background; what `compaction` says from now on. One under way already is as good."""
         if not self._compacting.acquire(blocking=False):
             return self._last
+        try:
+            self._note(who, "compacted")
+        except StoreError:
+            self._compacting.release()
+            raise
         self._last = began = {"status": "running", "began_ns": time.time_ns()}
 
         def work() -> None:
@@ -170,6 +195,10 @@ class Upkeep:
         """Delete rows of deleted runs, and those past their retention; the rows removed by table."""
         with self._working:
             return _sum(self._sweep(), self._prune())
+
+    def _note(self, who: str | None, action: str, **about: Any) -> None:
+        """Into the audit log, before it is done: nothing is done that could not be noted."""
+        self._audit.note(who or local_user(), action, **about)
 
     def _begin(self, work: Callable[[], None], name: str) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]

@@ -56,16 +56,23 @@ def rules_of(store: Store) -> Rules:
     return Rules(found.pop(EVERY_RUN, None), found)
 
 
-def set_rule(store: Store, number: int, keep_s: int | None, follow: bool = False) -> None:
-    """Keep a run's records, or those of `EVERY_RUN`, for so many seconds; None is for ever. With `follow` the run has
-    no rule of its own any more.
+def check_time(keep_s: int | None) -> None:
+    """Refuse a time that records cannot be kept for; None is for ever.
 
     Raises:
         BadRetentionError: no such time.
-        StoreError: it cannot be noted.
     """
     if keep_s is not None and not 1 <= keep_s <= LONGEST_S:
         raise BadRetentionError("keep_s: 1 second to 100 years", 'send {"keep_s": 2592000}, or null for ever')
+
+
+def set_rule(store: Store, number: int, keep_s: int | None, follow: bool = False) -> None:
+    """Keep a run's records, or those of `EVERY_RUN`, for so many seconds (see `check_time`). With `follow` the run has
+    no rule of its own any more.
+
+    Raises:
+        StoreError: it cannot be noted.
+    """
     word = _FOLLOW if follow else _FOREVER if keep_s is None else keep_s
     # Counted, not timed: a clock that goes back must not bring an older rule back.
     newest = "(SELECT max(version) FROM lens.retention)"

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from lens.store.access import HOLDER
 from lens.store.bodies import content_type_of, json_schema, read_body
 from lens.store.replies import json_reply
 from lens.store.upkeep.keeper import Upkeep
@@ -64,8 +65,9 @@ async def set_retention(request: Request) -> Response:
         rule = msgspec.json.decode(body, type=Rule)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRetentionError(f"the body is no rule: {error}", 'send {"keep_s": 2592000}') from error
-    keeper = _upkeep(request)
-    return json_reply(await anyio.to_thread.run_sync(keeper.set_retention, rule.run, rule.keep_s, rule.follow))
+    keeper, who = _upkeep(request), request.scope[HOLDER]
+    said = await anyio.to_thread.run_sync(keeper.set_retention, rule.run, rule.keep_s, rule.follow, who)
+    return json_reply(said)
 
 
 @router.get("/store/compact", summary="How far the newest compaction is")
@@ -77,13 +79,13 @@ def compaction(request: Request) -> Response:
 @router.post("/store/compact", status_code=202, summary="Delete what is past its time, merge parts")
 def compact(request: Request) -> Response:
     """Begins in the background; GET says when it is done. One under way already goes on."""
-    return json_reply(_upkeep(request).begin_compaction(), 202)
+    return json_reply(_upkeep(request).begin_compaction(request.scope[HOLDER]), 202)
 
 
 @router.delete("/runs/{run}", summary="Delete a run with all its records, for good")
 def delete_run(request: Request, run: str) -> Response:
     """{run, removed}: rows removed by table."""
-    return json_reply(_upkeep(request).delete_run(run))
+    return json_reply(_upkeep(request).delete_run(run, request.scope[HOLDER]))
 
 
 def _upkeep(request: Request) -> Upkeep:
