@@ -77,6 +77,7 @@ def test_a_rank_that_ended_says_how(server: Server, run: tuple[str, int], post: 
     assert "2 of 4 ranks" in output
 
 
+@pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [(["no-such-run"], 2, "is not a run here"), (["--interval", "0"], 2, "too short"),
