@@ -15,6 +15,7 @@ import pytest
 
 from lens.ring_reader import RingReader
 from lens.slots import COLLECTIVE, PHASE, STEP, iter_records
+from tests.hooks.ringside import script_of
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(200)]
 TRAINING = """
@@ -168,7 +169,7 @@ dist.destroy_process_group()
 @pytest.mark.usefixtures("observer_library")
 def test_what_c_plus_plus_sends_is_seen_from_the_attach_on(training: Training, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
+    script.write_text(script_of(RANKS))
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, training.stop],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=training.environment,

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 from lens.slots import ROW
 from tests.hooks import programs
-from tests.hooks.ringside import Recorded, read_rings, run_python
+from tests.hooks.ringside import Recorded, read_rings, run_python, script_of
 
 pytestmark = pytest.mark.processes
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -31,7 +30,7 @@ def under_lens(command: list[str], rings: Path, **environment: str) -> subproces
 def written(rings: Path, text: str) -> str:
     rings.parent.mkdir(exist_ok=True)
     path = rings.parent / "script.py"
-    path.write_text(textwrap.dedent(text))
+    path.write_text(script_of(text))
     return str(path)
 
 
