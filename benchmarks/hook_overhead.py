@@ -184,11 +184,16 @@ def trackio_log_times(steps: int, folder: Path) -> dict[str, float | None]:
 
 
 def traceml_added(blocks: int) -> dict[str, float | None]:
-    """Microseconds that TraceML's step wrapper adds to a step; None where it is not installed."""
+    """Microseconds that TraceML's step wrapper adds to a step; None where it is not installed or does not trace."""
     if not installed("traceml"):
         return {"added_us_traceml": None}
     traceml = importlib.import_module(PEERS["traceml"])
-    traceml.init(mode="auto")
+    try:
+        # Without its aggregator it would go on without tracing, and look cheap.
+        traceml.init(mode="auto", on_missing_aggregator="raise")
+    except Exception as error:
+        print(f"TraceML does not trace here (start `traceml serve`): {error}", file=sys.stderr)
+        return {"added_us_traceml": None}
     step = TrainingStep(0.020, 0)
     differences = []
     with step.noted_backward():
@@ -300,7 +305,7 @@ def main() -> int:
     print(f"{found['step_ms']:.1f} ms a step, one thread, recorder: {found['tier']}\n")
     for label, key, unit in ROWS:
         value = found[key]
-        shown = "absent (not installed)" if value is None else f"{value:10.3f} {unit}"
+        shown = "absent (not installed, or not running)" if value is None else f"{value:10.3f} {unit}"
         print(f"{label:<48} {shown}")
     print("\nwhere the host time goes, 11 collectives:")
     for name, microseconds in found["items_us"].items():
