@@ -29,16 +29,16 @@ check: $(DEV) ## style and types
 prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
 
-prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause named? (35 minutes)
+prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause named? (25 minutes)
 	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)
 
-prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (4 minutes)
+prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (2 minutes)
 	@$(BIN)/python benchmarks/crash_delivery.py --out docs/proofs/delivery.md $(ARGS)
 
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)
 
-prove-selftest: $(DEV) ## 322 faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (20 minutes)
+prove-selftest: $(DEV) ## 322 faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (5 minutes)
 	@$(BIN)/lens selftest --cases 322 --healthy-steps 20000 --seed 1 $(ARGS)
 
 format: $(DEV) ## rewrite the code in the house's style
