@@ -139,3 +139,17 @@ collectives = _span(
     maybe_step,
 )  # fmt: skip
 record_lists = st.lists(st.one_of(samples, vectors, events, steps, phases, collectives), max_size=40)
+
+DIE_AT = """
+import os, signal, sys
+from lens.store.engine import Store
+left, command = int(sys.argv[2]), Store.command
+def counted(store, sql):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    command(store, sql)
+Store.command = counted
+"""
+"""Start of a script that is killed by its own statement number argv[2] (from 0)."""

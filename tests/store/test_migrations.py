@@ -17,24 +17,14 @@ from lens.store.query import Query
 from lens.store.schema import MIGRATIONS
 
 from . import helpers
-from .helpers import send
+from .helpers import DIE_AT, send
 from .test_folder import ALL_KINDS, RUN
 
 FIRST = [
     each.strip() for each in (Path(__file__).parent / "first_schema.sql").read_text().split(";\n") if each.strip()
 ]
 """A database of the first schema, statement by statement: its tables, then run r with `ALL_KINDS`, then its version."""
-OPEN_AND_DIE = """
-import os, signal, sys
-from lens.store.engine import Store
-left, command = int(sys.argv[2]), Store.command
-def counted(store, sql):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    command(store, sql)
-Store.command = counted
+OPEN_AND_DIE = f"""{DIE_AT}
 Store("chdb://" + sys.argv[1])
 print("opened")
 os._exit(0)

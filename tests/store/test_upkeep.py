@@ -25,7 +25,7 @@ from lens.store.upkeep.keeper import Upkeep
 from lens.store.upkeep.retention import Expired, expired
 
 from . import helpers
-from .helpers import SECOND, ndjson, sample, send, step_span
+from .helpers import DIE_AT, SECOND, ndjson, sample, send, step_span
 from .test_folder import ALL_KINDS, counts
 
 DAY = 86_400
@@ -250,20 +250,13 @@ def test_a_deleted_run_stays_gone_when_the_log_is_taken_again_from_its_start(tmp
     folder.close()
 
 
-DELETE_AND_DIE = """
-import os, signal, sys
-from lens.store.engine import Store
+DELETE_AND_DIE = f"""
+import sys
+from pathlib import Path
 from lens.store.folder import DataFolder
 from lens.store.upkeep.keeper import Upkeep
-folder = DataFolder(__import__("pathlib").Path(sys.argv[1]))
-left, command = int(sys.argv[2]), Store.command
-def counted(store, sql):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    command(store, sql)
-Store.command = counted
+folder = DataFolder(Path(sys.argv[1]))
+{DIE_AT}
 Upkeep(folder).delete_run("a")
 os._exit(0)
 """
