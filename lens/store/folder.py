@@ -169,7 +169,7 @@ class DataFolder:
         return Receipt(decoded.accepted, rejected.listed, rejected.count, duplicate)
 
     def delete_run(self, run_id: str) -> Run:
-        """Make a run unknown, for good when this returns; its rows are left for `upkeep.Upkeep.sweep`.
+        """Make a run unknown, for good when this returns; its rows are left for `upkeep.keeper.Upkeep`.
 
         A run described by this id later is another one, which takes batches that this one had taken.
 
