@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,9 @@ import pytest
 from lens.cli.errors import DONE, MISSING, UNUSABLE
 from lens.cli.main import main
 from lens.cli.scorecard import Calm, Judged, calibration_error, describe, scorecard
+from tests.store.processes import TOKEN, Server
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def judged(cause: str, *causes: str, **more: Any) -> Judged:
@@ -76,3 +82,23 @@ def test_without_the_simulator_the_error_says_what_to_install(
     assert main(["selftest"]) == MISSING
     assert "sample_runs" in capsys.readouterr().err
     assert main(["selftest", "--cases", "-1"]) == UNUSABLE
+
+
+@pytest.mark.processes
+def test_a_simulated_run_is_sent_to_a_server_and_judged_there(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    words = ["--ranks", "16", "--steps", "80", "--fault", "slow_link@40:3", "--seed", "1", "--run", "sent"]
+    sent = subprocess.run(
+        [sys.executable, "-m", "sample_runs.cluster", *words, "--server", url],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "LENS_TOKEN": TOKEN},
+    )  # fmt: skip
+    assert sent.returncode == 0, sent.stderr
+    with server.client() as client:
+        first = client.get("/api/v1/runs/sent/diagnosis").json()["hypotheses"][0]
+    assert (first["cause"], first["ranks"]) == ("slow_link", [3])
+    refused = subprocess.run(
+        [sys.executable, "-m", "sample_runs.cluster", *words, "--server", url, "--token", "wrong"],
+        capture_output=True, text=True, cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "LENS_TOKEN"},
+    )  # fmt: skip
+    assert (refused.returncode, "the token is wrong" in refused.stderr) == (1, True)
