@@ -138,8 +138,14 @@ import sys
 from pathlib import Path
 from sample_runs.moe import options, train
 
+def name(task):
+    try:
+        return (task / "comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
+        return ""
+
 def threads():
-    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo" in name(task)]
 
 close = train.Ranks.close
 def watched(ranks):
@@ -155,6 +161,7 @@ sys.exit(train.main(options.parse()))
 def test_no_thread_of_a_process_group_is_left_for_the_interpreter_s_end(words: list[str], tmp_path: Path) -> None:
     run = ["-c", ENDING, "--steps", "2", "--out", str(tmp_path / "out"), *words]
     done = run_python(run, tmp_path / "rings")
+    assert done.returncode == 0, done.stderr
     before, after = done.stdout.split("threads ")[1].split(" -> ")
     assert int(before) > 0
     assert int(after) == 0
