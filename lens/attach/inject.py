@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _PAGE_BYTES = 8_192
 _LINE_AT = 16
 _READ_WRITE, _PRIVATE_ANONYMOUS = 3, 0x22
 _WORD = struct.Struct("<Q")
+_SYMBOLS: dict[tuple[object, ...], Mapping[str, int]] = {}
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 
 
@@ -55,26 +56,34 @@ def locate(pid: int) -> Addresses:
         LookupError: there is no CPython whose functions can be found.
         OSError: the process cannot be read.
     """
-    mapped = _mapped_files(pid)
-    root = Path(f"/proc/{pid}/root")
-    program = str(Path(f"/proc/{pid}/exe").readlink())
-    found: dict[str, int] = {}
-    for name in [name for name in mapped if "libpython" in Path(name).name] + [program]:
-        try:
-            file = elf.read(root / name.lstrip("/"), FUNCTIONS)
-        except (OSError, elf.ElfError):
-            continue
-        if name in mapped and set(FUNCTIONS) <= set(file.symbols):
-            found = {symbol: mapped[name] + address for symbol, address in file.symbols.items()}
-            break
-    if not found:
-        raise LookupError("no CPython was found in it: neither the program nor a libpython shows Py_AddPendingCall")
+    found = find(pid, FUNCTIONS)
+    mapped, root = _mapped_files(pid), Path(f"/proc/{pid}/root")
     for name in mapped:
         if Path(name).name.startswith(("libc.so", "libc-2", "ld-musl")):
             place = elf.read(root / name.lstrip("/")).find_code(machine.SYSCALL)
             if place is not None:
                 return Addresses(found[FUNCTIONS[0]], found[FUNCTIONS[1]], mapped[name] + place)
     raise LookupError("no C library was found in it")
+
+
+def find(pid: int, names: Collection[str]) -> dict[str, int]:
+    """Addresses of these names of the interpreter in a process.
+
+    Raises:
+        LookupError: there is no CPython that shows all of them.
+        OSError: the process cannot be read.
+    """
+    mapped = _mapped_files(pid)
+    root = Path(f"/proc/{pid}/root")
+    program = str(Path(f"/proc/{pid}/exe").readlink())
+    for name in [name for name in mapped if "libpython" in Path(name).name] + [program]:
+        try:
+            symbols = _symbols(root / name.lstrip("/"), names)
+        except (OSError, elf.ElfError):
+            continue
+        if name in mapped and set(names) <= set(symbols):
+            return {symbol: mapped[name] + address for symbol, address in symbols.items()}
+    raise LookupError(f"no CPython was found in it: neither the program nor a libpython shows {sorted(names)[0]}")
 
 
 def run_line(pid: int, line: str, addresses: Addresses | None = None, patience_s: float = PATIENCE_S) -> Injected:
@@ -114,6 +123,15 @@ def wake(pid: int, patience_s: float = PATIENCE_S) -> bool:
         if changed is not None:
             thread.set_registers(changed)
     return changed is not None
+
+
+def _symbols(path: Path, names: Collection[str]) -> Mapping[str, int]:
+    """Symbols of a file: the ranks of a host run the same interpreter, which is read once."""
+    about = path.stat()
+    identity = (about.st_dev, about.st_ino, about.st_mtime_ns, *sorted(names))
+    if identity not in _SYMBOLS:
+        _SYMBOLS[identity] = elf.read(path, names).symbols
+    return _SYMBOLS[identity]
 
 
 @contextlib.contextmanager

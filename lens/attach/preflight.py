@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 """Versions of CPython whose pending calls run in the main thread as soon as it runs Python code."""
 MACHINES = ("x86_64",)
 CAP_SYS_PTRACE = 1 << 19
-_STATES = {
+STATES = {
     "R": "running",
     "S": "sleeping",
     "D": "waiting for a device",
@@ -27,6 +27,7 @@ _STATES = {
     "t": "traced",
     "Z": "ended",
 }
+"""What the kernel's letters mean, for people."""
 _VERSION = re.compile(r"python(\d+)\.(\d+)")
 
 
@@ -109,9 +110,9 @@ def look(pid: int, proc: Path = Path("/proc")) -> Facts:
     )
 
 
-def judge(facts: Facts) -> Refusal | None:
-    """The first rule that forbids attaching; None when it can be done."""
-    for rule in RULES:
+def judge(facts: Facts, rules: Iterable[Rule] | None = None) -> Refusal | None:
+    """The first of these rules (default: those of attaching) that forbids it; None when it can be done."""
+    for rule in RULES if rules is None else rules:
         refusal = rule(facts)
         if refusal is not None:
             return refusal
@@ -246,6 +247,8 @@ RULES: tuple[Rule, ...] = (
     _visible,
 )  # fmt: skip
 """In the order in which they are asked: what a person must settle first comes first."""
+READING_RULES: tuple[Rule, ...] = (_exists, _allowed, _same_user, _yama, _readable, _python)
+"""What forbids reading its memory: a process that is stopped or traced can be read."""
 
 
 def said(facts: Facts) -> Mapping[str, str]:
@@ -253,7 +256,7 @@ def said(facts: Facts) -> Mapping[str, str]:
     version = f"{facts.version[0]}.{facts.version[1]}" if facts.version else "no Python"
     return {
         "command": facts.command or "n/a",
-        "state": _STATES.get(facts.state or "", facts.state or "no such process"),
+        "state": STATES.get(facts.state or "", facts.state or "no such process"),
         "interpreter": f"{version}{', torch loaded' if facts.torch else ', torch not loaded'}",
         "rank": "n/a" if facts.rank is None else f"{facts.rank} of {facts.world_size or 'unknown'}",
         "user": f"{facts.owner} (you: {facts.own_uid})",

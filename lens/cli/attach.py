@@ -4,6 +4,7 @@
     lens attach --all-ranks PID     every rank below a torchrun launcher
     lens attach --all-ranks         every rank of yours on this host
     lens attach --check PID         only say what would work and what would not
+    lens attach --stacks PID        where its Python code stands, all ranks of a launcher with --all-ranks
 
 The main thread of each process stands still for about a millisecond; from its next step on it is recorded like one
 that lens started. `lens detach PID` takes everything out again. Linux on x86-64, CPython 3.10 to 3.13.
@@ -22,6 +23,7 @@ from typing import Any
 from lens.attach import attached, preflight, targets
 from lens.attach.attached import Outcome
 from lens.attach.preflight import Facts, Refusal
+from lens.cli import attach_stacks
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 from lens.cli.processes import wait_until
@@ -38,6 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pid", type=int, nargs="?", metavar="PID", help="the process, or its launcher")
     parser.add_argument("--all-ranks", action="store_true", help="every rank below PID, or of yours on this host")
     parser.add_argument("--check", action="store_true", help="change nothing: only say what would work")
+    parser.add_argument(
+        "--stacks", action="store_true", help="only read who stands where in the code; nothing runs in them"
+    )
     parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds for its next step to come")
     parser.add_argument("--duration", type=float, metavar="S", help="detach again after so many seconds")
     parser.add_argument("--run", help="run id (default: drawn)")
@@ -49,6 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Attach, and say what came of it, process by process."""
     chosen = _chosen(arguments)
+    if arguments.stacks:
+        return attach_stacks.run(chosen, settings_of(arguments), arguments.wait, arguments.json)
     judged = [(facts, preflight.judge(facts)) for facts in chosen]
     if arguments.check:
         return _report_check(judged, arguments.json)

@@ -8,7 +8,7 @@ from lens.diagnosis.report import Hypothesis, hypothesis, named, rounded
 
 ADVICE = {
     "rank_dead": "Look at that process and its host, then restart from the last checkpoint.",
-    "rank_stuck": "Take that process's stack (py-spy dump) and look at what it does.",
+    "rank_stuck": "Look at where that process stands: `lens attach --stacks --all-ranks` on its host.",
     "process_stopped": "Continue it (SIGCONT) or find out who stopped it.",
     "collective_mismatch": "Look for a branch that some ranks take and others do not.",
     "unexplained": "Look at the network and at ranks that send no records.",
