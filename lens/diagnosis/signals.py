@@ -147,7 +147,11 @@ class Signals:
         row = np.where(table["rank"][mine] >= 0, row, self._row_of_device[table["device"][mine]])
         step = self._timeline.visible_from(table["step"][mine], table["t_ns"][mine])
         found: dict[int, list[tuple[int, int]]] = {}
-        for place, at, code in zip(row.tolist(), step.tolist(), table["attrs"][mine].tolist(), strict=True):
+        # What is told of is how often the card reported: a record that arrived twice is one report.
+        reports = zip(
+            row.tolist(), step.tolist(), table["t_ns"][mine].tolist(), table["attrs"][mine].tolist(), strict=True
+        )
+        for place, at, _, code in dict.fromkeys(reports):
             xid = json.loads(self._tables.strings[code]).get("xid") if code >= 0 else None
             if place >= 0 and isinstance(xid, (int, float)):
                 found.setdefault(place, []).append((at, int(xid)))
