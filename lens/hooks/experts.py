@@ -17,6 +17,8 @@ from lens.slots import NULL
 _clock = time.monotonic_ns
 _MOST_LENGTHS = 16
 """Numbers of tokens that something is kept for: they may differ with each batch."""
+_MOST_FORMS = 16
+"""Forms of a router's output whose meaning is kept: one dimension of tokens is a form of its own for each length."""
 
 
 class RouterForward(StandIn):
@@ -93,7 +95,7 @@ class Experts:
         """Add one call of a router in the forward pass of a step; what is computed once more does not count.
 
         Args:
-            meanings: what was found in outputs of this router, by their form; grows.
+            meanings: what was found in outputs of this router, by their form; bounded here.
         """
         timeline = self._timeline
         if not self.part.on or not timeline.here() or timeline.step == NULL or timeline.phase in self._passed_over:
@@ -104,6 +106,8 @@ class Experts:
             try:
                 meaning = meanings[form]
             except KeyError:
+                if len(meanings) >= _MOST_FORMS:
+                    meanings.clear()
                 meaning = meanings[form] = _meaning(output, router)
             if meaning is not None:
                 kind, place, experts = meaning

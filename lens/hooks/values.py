@@ -33,12 +33,14 @@ class Values:
         """Names logged last by the thread that trains, and their string id."""
         self._complained: set[str] = set()
         self._layers: dict[int, _LayerTotals] = {}
-        self._write_row = getattr(timeline, "row", _not_written)
+        self._write_row = getattr(timeline, "row", None)
+        """Writes a row in C, where the timeline is compiled."""
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
         """Record numbers, all at one time. What is no number is left out, with one line about it."""
         names, columns = self._last
-        if self._write_row(columns, names, values, step):
+        write = self._write_row
+        if write is not None and write(columns, names, values, step):
             return
         t = _clock()
         timeline = self._timeline
@@ -151,11 +153,6 @@ class Values:
         if name not in self._complained:
             self._complained.add(name)
             warn(text)
-
-
-def _not_written(*_: Any) -> bool:
-    """The timeline is not compiled: nothing but Python can write a row."""
-    return False
 
 
 class _LayerTotals:

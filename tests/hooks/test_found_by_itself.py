@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lens
 from lens.hooks.memory import STATISTICS
 from lens.hooks.routers import classify, find_routers
 from tests.hooks.ringside import Recorded
@@ -127,3 +128,30 @@ def test_without_a_card_nothing_is_said(watch: Callable[..., None], recorded: Ca
     _train(watch)
     found = recorded()
     assert not [metric for metric in STATISTICS if found.values(metric)]
+
+
+def test_what_is_kept_of_a_router_is_bounded_though_each_batch_has_a_new_length(
+    watch: Callable[..., None], recorded: Callable[[], Recorded]
+) -> None:
+    class Router(nn.Module):
+        num_experts, top_k = 4, 1
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.argmax(-1)  # (tokens,): a form of its own for each number of tokens
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = Router()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.router(tokens)
+
+    model = Mixture()
+    watch(model)
+    kept = model.router.forward._meanings
+    with lens.step():
+        for length in range(5, 105):
+            model(torch.randn(length, 4))
+    assert 0 < len(kept) <= 16
+    recorded()
