@@ -398,6 +398,10 @@ class Recorder:
         """Whether the control page asks the hook to leave: what is read once a step."""
         return self.words[CONTROL_WORD] != 0
 
+    def answer(self, word: str) -> None:
+        """What a word of the control page asked for is being done: set it back to 0."""
+        self.words[CONTROL_WORD + CONTROL_WORDS.index(word)] = 0
+
     def close(self, clean: bool = True) -> None:
         """Mark the ring as closed; the file stays for the agent, which removes it once it has everything."""
         for other in self._others.values():

@@ -5,6 +5,7 @@
     lens attach --all-ranks         every rank of yours on this host
     lens attach --check PID         only say what would work and what would not
     lens attach --stacks PID        where its Python code stands, all ranks of a launcher with --all-ranks
+    lens attach --profile N PID     torch's profiler over N steps, the same ones of all ranks with --all-ranks
 
 The main thread of each process stands still for about a millisecond; from its next step on it is recorded like one
 that lens started. `lens detach PID` takes everything out again. Linux on x86-64, CPython 3.10 to 3.13.
@@ -23,7 +24,7 @@ from typing import Any
 from lens.attach import attached, preflight, targets
 from lens.attach.attached import Outcome
 from lens.attach.preflight import Facts, Refusal
-from lens.cli import attach_stacks
+from lens.cli import attach_profile, attach_stacks
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 from lens.cli.processes import wait_until
@@ -43,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stacks", action="store_true", help="only read who stands where in the code; nothing runs in them"
     )
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="run torch's profiler over N steps, and leave again"
+    )
     parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds for its next step to come")
     parser.add_argument("--duration", type=float, metavar="S", help="detach again after so many seconds")
     parser.add_argument("--run", help="run id (default: drawn)")
@@ -56,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = _chosen(arguments)
     if arguments.stacks:
         return attach_stacks.run(chosen, settings_of(arguments), arguments.wait, arguments.json)
+    if arguments.profile is not None:
+        return _profile(arguments, chosen)
     judged = [(facts, preflight.judge(facts)) for facts in chosen]
     if arguments.check:
         return _report_check(judged, arguments.json)
@@ -69,6 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
         time.sleep(arguments.duration)
         attached.ask_to_leave([outcome.ring for outcome in outcomes if outcome.ring])
     return FAILED if any(outcome.state == "failed" for outcome in outcomes) else DONE
+
+
+def _profile(arguments: argparse.Namespace, chosen: list[Facts]) -> int:
+    if arguments.profile < 1:
+        raise CommandError(
+            "--profile takes the number of steps, 1 or more", "lens attach --profile 2 PID", UNUSABLE
+        )
+    settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "profiled")
+    return attach_profile.run(chosen, settings, arguments.profile, arguments.wait, arguments.json)
 
 
 def _chosen(arguments: argparse.Namespace) -> list[Facts]:

@@ -159,6 +159,24 @@ def expert_tokens(layer: int, counts: Any, dropped: Any = None) -> None:
         session.values.part.fail(error)
 
 
+def profile(steps: int = 2) -> None:
+    """Run torch's profiler over the next steps; its trace of this rank goes to ``traces/RUN`` in the data folder.
+
+    Where a step is under way the window begins at its end. Only one runs at a time, and none while the training runs a
+    profiler of its own: then a line on standard error says so.
+
+    Args:
+        steps: how many.
+    """
+    session = _session
+    if session is None:
+        return
+    try:
+        session.profiling.ask(int(steps))
+    except Exception as error:
+        session.profiling.part.fail(error)
+
+
 def detach() -> None:
     """Stop recording and put back everything that was patched."""
     global _session

@@ -15,6 +15,7 @@ from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
+from lens.hooks.profiling import Profiling
 from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, timeline_of
 from lens.hooks.values import Values
@@ -49,6 +50,7 @@ class Session:
         self.observer = Observer(self.recorder, self.timeline, kinds)
         self.experts = Experts(self.timeline, self.values)
         self.memory = Memory(self.recorder)
+        self.profiling = Profiling(self.recorder, self.timeline, settings)
         self.unprepared = False
         """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
@@ -72,6 +74,7 @@ class Session:
             self.observer.part,
             self.experts.part,
             self.memory.part,
+            self.profiling.part,
         ]
         for part in self.parts:
             part.tell = self._tell_of_failure
@@ -203,6 +206,9 @@ class Session:
             self._count(now)
             if self._awaits_native and native.built("observer"):
                 self._go_native()
+            self._profile_if_asked()
+        if self.profiling.waits:
+            self.profiling.after_step(timeline.last_step)
         if self.budget.thins:
             self.budget.choose(timeline.last_step + 1)
         timeline.errands = bool(
@@ -210,6 +216,7 @@ class Session:
             or self.values.later.copies
             or self._roots
             or self.budget.thins
+            or self.profiling.waits
             or (self.observer.records and not self.observer.tells)
         )
         return self.recorder.detach_asked()
@@ -227,6 +234,12 @@ class Session:
         self.recorder.row(self._counters[len(known) - 1], known, now)
         percent = self.recorder.control().backoff_pct or self._limit
         self.budget.look(percent / 100, now, timeline.steps, taken)
+
+    def _profile_if_asked(self) -> None:
+        control = self.recorder.control()
+        if control.profile_steps:
+            self.recorder.answer("profile_steps")
+            self.profiling.ask(control.profile_steps, control.profile_step)
 
     def _go_native(self) -> None:
         """The library has been built since: let it see what Python cannot, from here on."""
