@@ -8,12 +8,12 @@ what a diagnosis of the records up to N gives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from lens.diagnosis import changes, measures, peers, policy, replay, signatures
+from lens.diagnosis import changes, measures, peers, policy, replay, several, signatures
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
@@ -21,8 +21,9 @@ from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
 from lens.diagnosis.routing import ExpertLoad
 from lens.diagnosis.scenes import Measure, Scene
 from lens.diagnosis.select import Timeline
+from lens.diagnosis.several import Hidden
 from lens.diagnosis.signals import Signals
-from lens.diagnosis.signatures import Explained
+from lens.diagnosis.signatures import Explained, confirmed
 from lens.diagnosis.topology import Topology
 from lens.slots import NULL
 from lens.tables import Tables
@@ -38,7 +39,8 @@ SAME_ONSET_STEPS = 5
 class Finding:
     """Ranks (places) whose self time in a part of the step is too high, from a step on.
 
-    last: over since then. noise: the share of a step that noise alone could have reached.
+    last: over since then. noise: the share of a step that noise alone could have reached. second: the same ranks have a
+    costlier one at that time.
     """
 
     feature: str
@@ -48,6 +50,7 @@ class Finding:
     upto: int
     noise: float
     standing: bool = False
+    second: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Verdict:
     """A finding with what it costs and how its explanations weigh.
 
     extra: seconds too long by rank [after, ranks]. share: of a usual step. sure: probability that the excess is
-    real and sits in these ranks. ratio: step time over what it would be without.
+    real and sits in these ranks. ratio: step time over what it would be without. hidden: behind what it hides.
     """
 
     finding: Finding
@@ -66,6 +69,12 @@ class Verdict:
     share: float
     sure: float
     ratio: float | None
+    hidden: Hidden | None = None
+
+    @property
+    def at_begin(self) -> bool:
+        """Whether the excess lies before the step's first collective."""
+        return self.finding.feature in LOADING
 
     @property
     def listed(self) -> list[Explained]:
@@ -130,8 +139,9 @@ class Examiner:
     def verdicts(self, index: int) -> list[Verdict]:
         """Slow ranks as judged by the records visible at a step place, costliest first."""
         if index not in self._verdicts:
-            judged = self._judged(self._changed(index))
-            judged += self._judged(self._standing(index, {row for v in judged for row in v.finding.rows}))
+            changed = self._judged(self._changed(index))
+            taken = {row for v in changed if not v.finding.second for row in v.finding.rows}
+            judged = several.settled(self, changed + self._judged(self._standing(index, taken)))
             self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
         return self._verdicts[index]
 
@@ -153,12 +163,13 @@ class Examiner:
                 if known is not None:
                     episodes.append((feature, known, self._mean_share(feature, known, index)))
         episodes.sort(key=lambda item: (-item[2], item[1].row, item[0]))
-        chosen: list[tuple[str, Change]] = []
+        first: list[tuple[str, Change]] = []
+        second: list[tuple[str, Change]] = []
         for feature, change, _ in episodes:
-            rivals = [c for _, c in chosen if c.row == change.row]
-            if not any(_overlap(change, other, index) for other in rivals):
-                chosen.append((feature, change))
-        return self._grouped(chosen, index)
+            rivals = [c for _, c in first if c.row == change.row]
+            (second if any(_overlap(change, c, index) for c in rivals) else first).append((feature, change))
+        more = [replace(finding, second=True) for finding in self._grouped(second, index)]
+        return self._grouped(first, index) + more
 
     def _grouped(self, chosen: list[tuple[str, Change]], index: int) -> list[Finding]:
         """Ranks that share a fate and changed together in the same part of the step are one finding."""
@@ -287,8 +298,6 @@ class Examiner:
         sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
         extra = self._extra_of(finding, after, own)
         ratio = self.cost_ratio(after, extra, at_begin=finding.feature in LOADING)
-        if ratio is not None and ratio - 1 < policy.WORTH_KEEPING:
-            return None
         return Verdict(finding, explained, taken, after, extra, share, sure, ratio)
 
     def _excess_of(self, finding: Finding, before: Ints, after: Ints) -> tuple[Floats, float]:
@@ -330,15 +339,16 @@ class Examiner:
 
     def cost_ratio(self, after: Ints, extra: Floats, at_begin: bool = False) -> float | None:
         """Mean step time over what the same steps would have taken without this self time [after, ranks]."""
+        late, loading = (np.zeros_like(extra), extra) if at_begin else (extra, np.zeros_like(extra))
         touched = (extra > 0).any(axis=1)
         if 0 < touched.sum() < 0.5 * len(after):
             # What comes now and then is replayed where it came; the other steps stay as they are.
-            seconds = replay.step_seconds(self.frame, extra[touched], after[touched], at_begin)
+            seconds = replay.step_seconds(self.frame, late[touched], after[touched], loading=loading[touched])
             whole = float(np.nansum(mean(self.frame.duration[after], axis=1)))
             if seconds is not None:
                 saved = (seconds[0] - seconds[1]) * int(touched.sum())
                 return whole / (whole - saved) if whole > saved else None
-        ratio = replay.step_ratio(self.frame, extra, after, at_begin)
+        ratio = replay.step_ratio(self.frame, late, after, loading=loading)
         return replay.without_graph(self.usual[after], extra) if ratio is None else ratio
 
     def step_seconds(self, steps: Ints) -> float | None:
@@ -372,11 +382,6 @@ def parts_of_step(frame: Frame) -> dict[str, Floats]:
         parts["host"] = rest
     parts["compute"] = compute
     return dict(sorted(parts.items()))
-
-
-def confirmed(explained: Explained) -> bool:
-    """Whether something besides the self time speaks for an explanation."""
-    return any(gain >= 1 for gain in explained.gains.values())
 
 
 def _explains(verdict: Verdict, link: LinkVerdict) -> bool:

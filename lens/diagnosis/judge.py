@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from lens.diagnosis import balance, cards, checkpoints, experts, feeding, learning, memory, notices, pauses, stops
-from lens.diagnosis.examine import Examiner, Verdict, confirmed
+from lens.diagnosis.examine import Examiner, Verdict
 from lens.diagnosis.notices import Cause, Family, Notice
+from lens.diagnosis.signatures import confirmed
 
 FAMILIES: tuple[type[Family], ...] = (
     cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,

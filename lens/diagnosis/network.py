@@ -332,7 +332,7 @@ class Network:
         known = self.transfers.stream_of >= 0
         less = np.where(known, self.transfers.x * cut[self.transfers.stream_of], 0.0) if len(cut) else None
         extra = np.zeros((len(after), self.frame.shape[1]))
-        ratio = replay.step_ratio(self.frame, extra, after, False, less)
+        ratio = replay.step_ratio(self.frame, extra, after, less)
         if ratio is not None:
             return ratio
         lost = np.nan_to_num(self.transfers.seconds[np.ix_(after, streams)]) * cut[streams]

@@ -16,27 +16,29 @@ from lens.slots import NULL
 
 
 def step_ratio(
-    frame: Frame, extra: Floats, steps: Ints, at_begin: bool, less: Floats | None = None
+    frame: Frame, extra: Floats, steps: Ints, less: Floats | None = None, loading: Floats | None = None
 ) -> float | None:
     """Mean step time as it was over mean step time without what was too long; None without a replay."""
-    seconds = step_seconds(frame, extra, steps, at_begin, less)
+    seconds = step_seconds(frame, extra, steps, less, loading)
     return seconds[0] / seconds[1] if seconds is not None and seconds[1] > 0 else None
 
 
 def step_seconds(
-    frame: Frame, extra: Floats, steps: Ints, at_begin: bool, less: Floats | None = None
+    frame: Frame, extra: Floats, steps: Ints, less: Floats | None = None, loading: Floats | None = None
 ) -> tuple[float, float] | None:
     """Mean step time as it was, and without the extra self time and transfer.
 
-    extra: seconds that each rank took too long [steps given, ranks]. steps: places of these steps. at_begin: the
-    excess lies before the step's first collective (loading), else it is spread over the step's self time. less:
-    seconds that each transfer took too long [rows of Collectives].
+    extra: seconds that each rank took too long, spread over the step's self time [steps given, ranks]. steps: places
+    of these steps. less: seconds that each transfer took too long [rows of Collectives]. loading: as extra, before the
+    step's first collective.
     None where the records do not allow a replay (no collectives).
     """
     collectives, pieces = frame.collectives, frame.pieces
     if not len(collectives) or not len(steps):
         return None
-    steps, extra = _sample(frame, steps, extra)
+    chosen = _sample(frame, len(steps))
+    steps, extra = steps[chosen], extra[chosen]
+    loading = np.zeros_like(extra) if loading is None else loading[chosen]
     place = np.full(frame.shape[0], -1)
     place[steps] = np.arange(len(steps))
     rows = np.flatnonzero(place[collectives.step] >= 0)
@@ -61,33 +63,29 @@ def step_seconds(
     free = end < collectives.last_entry_ns[rows]
     transfer = np.where(free, (end - start) * SECONDS, transfer)
     graph = _Graph(chain, first, last, step, instance, free, len(steps))
-    lessened, tail_lessened = _without(own, tail, first, last, chain, extra.reshape(-1), at_begin)
+    lessened, tail_lessened = _without(
+        own, tail, first, last, *(late.reshape(-1)[chain[first]] for late in (extra, loading))
+    )
     shorter = transfer if less is None else np.maximum(transfer - less[rows], 0)
     now, fixed = graph.step_times(own, tail, transfer), graph.step_times(lessened, tail_lessened, shorter)
     return float(now.mean()), float(fixed.mean())
 
 
-def _sample(frame: Frame, steps: Ints, extra: Floats) -> tuple[Ints, Floats]:
-    """At most as many steps as the answer needs, evenly chosen."""
+def _sample(frame: Frame, steps: int) -> Ints:
+    """Which of so many steps are replayed: at most as many as the answer needs, evenly chosen."""
     per_step = max(1, len(frame.collectives) // max(1, frame.shape[0]))
     count = int(np.clip(policy.REPLAY_PIECES // per_step, 4, policy.REPLAY_STEPS))
-    if len(steps) <= count:
-        return steps, extra
-    chosen = np.unique(np.linspace(0, len(steps) - 1, count).astype(np.int64))
-    return steps[chosen], extra[chosen]
+    return np.unique(np.linspace(0, steps - 1, min(count, steps)).astype(np.int64))
 
 
 def _without(
-    own: Floats, tail: Floats, first: Ints, last: Ints, chain: Ints, extra: Floats, at_begin: bool
+    own: Floats, tail: Floats, first: Ints, last: Ints, extra: Floats, loading: Floats
 ) -> tuple[Floats, Floats]:
-    """Self times with the excess taken out, first of all where it arose."""
-    rest = np.maximum(np.nan_to_num(extra), 0)[chain[first]]
-    lessened, tail = own.copy(), tail.copy()
-    if at_begin:
-        taken = np.minimum(rest, lessened[first])
-        lessened[first] -= taken
-        return lessened, tail
-    total = np.add.reduceat(own, first) + tail
+    """Self times with the excess of each chain taken out, first of all where it arose."""
+    rest, early = (np.maximum(np.nan_to_num(late), 0) for late in (extra, loading))
+    lessened = own.copy()
+    lessened[first] -= np.minimum(early, lessened[first])
+    total = np.add.reduceat(lessened, first) + tail
     kept = 1 - np.minimum(rest / np.maximum(total, 1e-12), 1)
     lengths = last - first + 1
     return lessened * np.repeat(kept, lengths), tail * kept

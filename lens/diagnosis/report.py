@@ -82,7 +82,7 @@ def of_verdict(examiner: Examiner, verdict: Verdict) -> list[Hypothesis]:
                 lost_device_hours=rounded(device_hours(lost, len(verdict.after), examiner), 6),
                 evidence=_evidence(verdict, explained, ranks),
                 against=_against(verdict, explained) if place == 0 else [],
-                recommendation=_sentence(verdict, explained, ranks, component, lost, ratio)
+                recommendation=_sentence(examiner, verdict, explained, ranks, component, lost, ratio)
                 + advice.format(component=component or named(ranks), ranks=listed(ranks)),
                 what_if={"step_seconds_now": rounded(now, 6), "step_seconds_if_fixed": rounded(fixed, 6)},
             )
@@ -241,6 +241,7 @@ def moved(measure: Measure) -> str:
 
 
 def _sentence(
+    examiner: Examiner,
     verdict: Verdict,
     explained: Explained,
     ranks: list[int],
@@ -263,7 +264,13 @@ def _sentence(
     )
     peers = "their peers" if several else "its peers"
     text += f" than {peers}" if verdict.finding.standing else f" than before and than {peers}"
-    if lost is not None and ratio is not None:
+    if verdict.hidden is not None:
+        behind, share = (
+            examiner.topology.ranks[list(verdict.hidden.rows)].tolist(),
+            100 * (verdict.hidden.ratio - 1),
+        )
+        text += f"; all wait for {named(behind)} anyhow, and once that is repaired, this costs {share:.0f} % of the step"
+    elif lost is not None and ratio is not None:
         text += f", which costs every rank {milliseconds(lost)} a step ({100 * (ratio - 1):.0f} %)"
     reasons = [
         name for name, gain in sorted(explained.gains.items(), key=lambda item: (-item[1], item[0])) if gain >= 1

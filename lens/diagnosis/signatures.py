@@ -281,3 +281,8 @@ def weigh(feature: str, measures: Mapping[str, Measure]) -> list[Explained]:
         Explained(rival.cause, float(share), rival.signature, rival.gains)
         for share, rival in zip(shares, rivals, strict=True)
     ]
+
+
+def confirmed(explained: Explained) -> bool:
+    """Whether something besides the self time speaks for an explanation."""
+    return any(gain >= 1 for gain in explained.gains.values())

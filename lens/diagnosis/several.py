@@ -1,0 +1,84 @@
+"""Several causes at once: what one rank suffers twice, and what hides behind a rank that is slower still.
+
+Ranks wait for the slowest, so of two slow ranks the faster one costs nothing until the other is repaired; and two that
+are equally slow cost nothing each. What a cause costs once the others are gone tells whether it must be named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lens.diagnosis import policy, replay
+from lens.diagnosis.signatures import confirmed
+
+if TYPE_CHECKING:
+    from lens.diagnosis.examine import Examiner, Verdict
+
+MOST_HIDDEN = 8
+"""So many of the largest hidden findings are replayed."""
+UNCONFIRMED_TIMES = 2.0
+"""A hidden cause that no other signal confirms must cost this many times as much to be named: its victims and those of
+the other cause look alike."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Behind whom a finding hides, and what it costs without them. rows: places of ranks. ratio: mean step time once
+    the others are repaired over that with this one repaired too."""
+
+    rows: tuple[int, ...]
+    ratio: float
+
+
+def settled(run: Examiner, judged: list[Verdict]) -> list[Verdict]:
+    """The findings that must be named, of those judged one by one; those that hide say behind whom."""
+    apart = _once_a_rank(judged)
+    told = [v for v in apart if v.ratio is None or v.ratio - 1 >= policy.WORTH_KEEPING]
+    faint = sorted((v for v in apart if v not in told), key=lambda v: (-v.share, v.finding.rows))[:MOST_HIDDEN]
+    rivals = [v for v in (*told, *faint) if v.share >= policy.SMALLEST_EFFECT]
+    for verdict in faint:
+        others = [v for v in rivals if v is not verdict and _overlap(v, verdict)]
+        certain = confirmed(verdict.explained[0])
+        # Findings that nothing confirms and that cost nothing by themselves do not vouch for each other.
+        if not others or not (certain or any(v in told for v in others)):
+            continue
+        ratio = _without(run, verdict, others)
+        needed = policy.SMALLEST_EFFECT * (1.0 if certain else UNCONFIRMED_TIMES)
+        if ratio is not None and ratio - 1 >= needed:
+            rows = sorted({row for v in others for row in v.finding.rows} - set(verdict.finding.rows))
+            told.append(replace(verdict, hidden=Hidden(tuple(rows), ratio)))
+    return told
+
+
+def _once_a_rank(judged: list[Verdict]) -> list[Verdict]:
+    """Without what is another view of a rank's costlier finding: a second cause must be confirmed by itself, in a part of
+    the step that the first does not reach."""
+    kept = [v for v in judged if not v.finding.second]
+    for verdict in (v for v in judged if v.finding.second):
+        owners = [v for v in kept if set(v.finding.rows) & set(verdict.finding.rows) and _overlap(v, verdict)]
+        reached = [v.explained[0].signature for v in owners]
+        apart = all(s is not None and verdict.finding.feature not in s.features for s in reached)
+        if owners and apart and confirmed(verdict.explained[0]):
+            kept.append(verdict)
+    return kept
+
+
+def _overlap(one: Verdict, other: Verdict) -> bool:
+    """Whether two findings run together for most of the shorter."""
+    together = min(int(one.after[-1]), int(other.after[-1])) - max(int(one.after[0]), int(other.after[0])) + 1
+    return together >= 0.5 * min(len(one.after), len(other.after))
+
+
+def _without(run: Examiner, verdict: Verdict, others: list[Verdict]) -> float | None:
+    """What a finding costs once the others are repaired; None without a replay."""
+    late = np.zeros((2, len(verdict.after), run.frame.shape[1]))
+    for other in others:
+        _, mine, theirs = np.intersect1d(verdict.after, other.after, return_indices=True)
+        late[int(other.at_begin)][mine] += other.extra[theirs]
+    before = replay.step_seconds(run.frame, late[0], verdict.after, loading=late[1])
+    late[int(verdict.at_begin)] += verdict.extra
+    after = replay.step_seconds(run.frame, late[0], verdict.after, loading=late[1])
+    return None if before is None or after is None or after[1] <= 0 else before[1] / after[1]
