@@ -39,10 +39,13 @@ STAGE_RATIO = 1.15
 """First and last stages carry embedding and loss: so much more of one stage is usual."""
 STAGE_OF_ALL = 0.6
 """Share of the stage's excess that each of its ranks must show: else it is single ranks that are slow."""
-FOLLOWS = 0.9
-"""Correlation of self time with squared sequence lengths, from rank to rank within the steps."""
+FOLLOWS, FOLLOWS_SINCE = 0.9, 0.6
+"""Correlation of self time with squared sequence lengths, from rank to rank within the steps; less of it, for the noise of
+a shared machine hides some, where lengths became uneven at a step."""
 SEQUENCE_COST = 0.08
-"""What uneven lengths cost at least: some unevenness is in all data."""
+"""What lengths cost at least that always were uneven: some unevenness is in all data."""
+LONGEST_STALL = 0.3
+"""Of a rank's usual time: what strays further from its peers is no sequence, and counts for no more than this."""
 SEQUENCE_STEPS = 64
 OFTEN_SLOWEST = 0.5
 """A rank that draws the longest batch more often than this has other data: it is not chance."""
@@ -150,10 +153,11 @@ class Balance:
         """Steps that wait for the rank with the longest sequences, another one each time."""
         if self.squares is None:
             return None
-        steps = steps[-SEQUENCE_STEPS:]
+        since = self._since(steps)
+        steps = steps[steps >= since][-SEQUENCE_STEPS:]
         work, took = self.squares[steps], compute[steps]
         rows = np.flatnonzero(np.isfinite(work).all(axis=0) & np.isfinite(took).all(axis=0))
-        if len(rows) < 2:
+        if len(rows) < 2 or len(steps) < policy.FIRST_JUDGED_STEPS:
             return None
         work, took = work[:, rows], took[:, rows]
         usual = median(took)
@@ -162,23 +166,25 @@ class Balance:
         spread = float((work_off**2).sum())
         if spread <= 0 or float(np.std(work_off)) < 0.03 * float(work.mean()):
             return None
-        follows = float((work_off * took_off).sum() / np.sqrt(spread * float((took_off**2).sum())))
+        calm = np.clip(took_off, -LONGEST_STALL, LONGEST_STALL)
+        follows = max(float((work_off * t).sum() / np.sqrt(spread * float((t**2).sum()))) for t in (took_off, calm))
         slowest = np.bincount(work.argmax(axis=1), minlength=len(rows)).max() / len(work)
-        if follows < FOLLOWS or slowest > max(OFTEN_SLOWEST, 2 / len(rows)):
+        needed, least = (FOLLOWS_SINCE, policy.SMALLEST_EFFECT) if since else (FOLLOWS, SEQUENCE_COST)
+        if follows < needed or slowest > max(OFTEN_SLOWEST, 2 / len(rows)):
             return None
-        slope = float((work_off * took_off).sum()) / spread
+        slope = float((work_off * np.clip(took_off, -1, 1)).sum()) / spread
         extra = np.zeros((len(steps), compute.shape[1]))
         extra[:, rows] = np.maximum(slope * work_off, 0) * usual
         cost = self.run.cost_ratio(steps, extra)
-        if cost is None or cost - 1 < SEQUENCE_COST:
+        if cost is None or cost - 1 < least:
             return None
         said = (
             f"self time follows the squared sequence lengths from rank to rank (r = {follows:.2f}), and each step waits for "
             "whichever rank drew the longest"
         )
         return Notice(
-            "variable_sequence_length", (), self._since(steps), None,
-            notices.sureness(cost - 1, SEQUENCE_COST, 0.95) * float(np.clip(0.8 + 2 * (follows - FOLLOWS), 0.8, 1.0)), said,
+            "variable_sequence_length", (), since, None,
+            notices.sureness(cost - 1, least / 2, 0.95) * float(np.clip(0.85 + (follows - needed), 0.85, 1.0)), said,
             (Evidence("train.sequence.squared", float(np.median(work)), float(work.max(axis=1).mean())),), cost, None,
             (("slow_device", "another rank is the slowest in each step"),),
         )  # fmt: skip

@@ -52,7 +52,7 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     verdicts, noticed = judge.at(index)
     found = [report.of_verdict(examiner, verdict) for verdict in verdicts]
     found += [notice_report.of_notice(examiner, notice, index) for notice in noticed]
-    found += [link_report.of_link(examiner, link) for link in examiner.links(index)]
+    found += [link_report.of_link(examiner, link) for link in judge.links(index)]
     hypotheses = report.ordered(_fatal(examiner, index) + told_once.told_once(examiner, found, index))
     _date(judge, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None

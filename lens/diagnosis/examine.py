@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lens.diagnosis import changes, measures, peers, policy, replay, several, signatures
+from lens.diagnosis import changes, measures, peers, policy, replay, several, signatures, wholes
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
@@ -25,6 +25,7 @@ from lens.diagnosis.several import Hidden
 from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained, confirmed
 from lens.diagnosis.topology import Topology
+from lens.diagnosis.wholes import Whole
 from lens.slots import NULL
 from lens.tables import Tables
 
@@ -40,7 +41,7 @@ class Finding:
     """Ranks (places) whose self time in a part of the step is too high, from a step on.
 
     last: over since then. noise: the share of a step that noise alone could have reached. second: the same ranks have a
-    costlier one at that time.
+    costlier one at that time. whole: they are a set that is compared with what lies outside.
     """
 
     feature: str
@@ -51,6 +52,7 @@ class Finding:
     noise: float
     standing: bool = False
     second: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Examiner:
     usual: Floats
     found: dict[str, list[Change]]
     network: Network
+    wholes: list[Whole]
     _verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
 
     @classmethod
@@ -109,7 +112,8 @@ class Examiner:
         }
         signals = Signals(tables, timeline, topology)
         network = Network.of(frame, tables, signals, features, usual)
-        return cls(tables, timeline, topology, frame, signals, features, usual, found, network)
+        sets = wholes.watch(features["compute"], usual, topology)
+        return cls(tables, timeline, topology, frame, signals, features, usual, found, network, sets)
 
     @cached_property
     def load(self) -> ExpertLoad | None:
@@ -133,13 +137,14 @@ class Examiner:
     def first_raised(self) -> int | None:
         """The first place at which a changed rank could be in a reply; None if there is none."""
         raised = [change.raised for found in self.found.values() for change in found]
+        raised += [whole.change.raised for whole in self.wholes]
         slower = self.network.first_raised()
         return min(raised if slower is None else [*raised, slower], default=None)
 
     def verdicts(self, index: int) -> list[Verdict]:
         """Slow ranks as judged by the records visible at a step place, costliest first."""
         if index not in self._verdicts:
-            changed = self._judged(self._changed(index))
+            changed = self._with_wholes(self._judged(self._changed(index)), index)
             taken = {row for v in changed if not v.finding.second for row in v.finding.rows}
             judged = several.settled(self, changed + self._judged(self._standing(index, taken)))
             self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
@@ -147,6 +152,21 @@ class Examiner:
 
     def _judged(self, findings: list[Finding]) -> list[Verdict]:
         return [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
+
+    def _with_wholes(self, judged: list[Verdict], index: int) -> list[Verdict]:
+        """Hosts and stages that are slow as a whole, in the place of those of their ranks that were seen to be."""
+        known = [
+            (whole.rows, change) for whole in self.wholes if (change := whole.change.seen_at(index)) is not None
+        ]
+        for rows, change in sorted(known, key=lambda item: (-len(item[0]), item[0])):
+            within = [v for v in judged if v.finding.feature == "compute" and set(v.finding.rows) & set(rows)]
+            if any(set(rows) <= set(v.finding.rows) for v in within):
+                continue
+            noise = change.noise_by(index)
+            found = self._judge(Finding("compute", rows, change.onset, change.last, index, noise, whole=True))
+            if found is not None and found.explained[0].cause in wholes.CAUSES:
+                judged = [v for v in judged if v not in within or not set(v.finding.rows) <= set(rows)] + [found]
+        return judged
 
     def links(self, index: int) -> list[LinkVerdict]:
         """Slower transfers at a step place, costliest first, but for those that a rank's own slowness explains."""
@@ -307,6 +327,9 @@ class Examiner:
             like = np.setdiff1d(np.flatnonzero(self.topology.kind == self.topology.kind[rows[0]]), rows)
             others = median(values[np.ix_(after, like)], axis=1)[:, None]
             return values[np.ix_(after, rows)] - others, float(np.nanmean(others))
+        if finding.whole:
+            own, past = wholes.excess(values, finding.rows, before, after)
+            return (own, float(np.nanmean(past))) if wholes.alike(own, past) else (own * np.nan, 0.0)
         base = self._base(finding.feature, before)[rows]
         return self._extra(finding.feature, before, after)[:, rows], float(np.nanmean(base))
 

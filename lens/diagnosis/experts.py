@@ -19,7 +19,9 @@ CAUSES = {
     ),
     "router_collapse": Cause(
         "Raise the auxiliary loss or add router noise, and go back to a checkpoint from before the collapse.",
-        absorbs=("compute",),
+        absorbs=("compute", "transfer"),
+        # Whoever owns the few experts has too many tokens: that is how a collapse costs time.
+        brings=("hot_expert",),
     ),
     "dead_expert": Cause("Reset its router row (or its bias) so that it gets tokens again, or prune it."),
     "dropped_tokens": Cause("Raise the capacity factor or balance the router: what is dropped is not learned."),

@@ -7,18 +7,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lens.diagnosis import balance, cards, checkpoints, experts, feeding, learning, memory, notices, pauses, stops
+from lens.diagnosis import (
+    balance,
+    cards,
+    checkpoints,
+    experts,
+    feeding,
+    learning,
+    memory,
+    notices,
+    pauses,
+    several,
+    stops,
+    swapping,
+)
 from lens.diagnosis.examine import Examiner, Verdict
+from lens.diagnosis.network import LinkVerdict
 from lens.diagnosis.notices import Cause, Family, Notice
 from lens.diagnosis.signatures import confirmed
 
 FAMILIES: tuple[type[Family], ...] = (
     cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,
-    stops.Stops,
+    stops.Stops, swapping.Swapping,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
     **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES,
-    **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES,
+    **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES, **swapping.CAUSES,
 }  # fmt: skip
 
 
@@ -33,20 +47,33 @@ class Judge:
     def at(self, index: int) -> tuple[list[Verdict], list[Notice]]:
         """Slow ranks and noticed causes at a step place, those that are one thing merged."""
         noticed, verdicts = self._notices(index), self.run.verdicts(index)
-        kept = []
+        kept: list[Verdict] = []
+        owned: dict[int, list[Verdict]] = {}
         for verdict in verdicts:
-            owner = next((n for n in noticed if _explains(n, verdict, index)), None)
-            if owner is None:
-                kept.append(verdict)
-            elif owner.ratio is None and verdict.ratio is not None:
-                noticed = [replace(n, ratio=verdict.ratio) if n is owner else n for n in noticed]
-        return kept, noticed
+            owner = next((p for p, notice in enumerate(noticed) if _explains(notice, verdict, index)), None)
+            (kept if owner is None else owned.setdefault(owner, [])).append(verdict)
+        priced = [
+            notice if notice.ratio is not None or place not in owned else replace(notice, ratio=self._cost(owned[place]))
+            for place, notice in enumerate(noticed)
+        ]  # fmt: skip
+        return kept, priced
+
+    def _cost(self, owned: list[Verdict]) -> float | None:
+        """What the slow ranks that a cause explains cost together."""
+        known = [verdict.ratio for verdict in owned if verdict.ratio is not None]
+        together = several.joint_ratio(self.run, owned) if len(owned) > 1 else None
+        return max(known, default=None) if together is None else together
+
+    def links(self, index: int) -> list[LinkVerdict]:
+        """Slower transfers at a step place, but for those that a noticed cause explains."""
+        noticed = self._notices(index)
+        return [link for link in self.run.links(index) if not any(_lengthens(n, link, index) for n in noticed)]
 
     def named(self, index: int) -> set[tuple[str, tuple[int, ...]]]:
         """Cause and rows of every hypothesis that a reply at a step place holds."""
         verdicts, noticed = self.at(index)
         pairs = {(e.cause, verdict.finding.rows) for verdict in verdicts for e in verdict.listed}
-        pairs |= {(p.explained.cause, p.place.rows) for link in self.run.links(index) for p in link.listed}
+        pairs |= {(p.explained.cause, p.place.rows) for link in self.links(index) for p in link.listed}
         return pairs | {(notice.cause, notice.rows) for notice in noticed}
 
     def _notices(self, index: int) -> list[Notice]:
@@ -55,7 +82,7 @@ class Judge:
             if not self._families:
                 self._families = [family.of(self.run) for family in FAMILIES]
             found = [notice for family in self._families for notice in family.at(place)] if place >= 0 else []
-            self._noticed[place] = found
+            self._noticed[place] = [n for n in found if not any(_brings(other, n, place) for other in found)]
         return self._noticed[place]
 
 
@@ -66,10 +93,26 @@ def _explains(notice: Notice, verdict: Verdict, index: int) -> bool:
         return False
     if notice.rows and not set(finding.rows) <= set(notice.rows):
         return False
-    ends = [index if last is None else last for last in (notice.last, finding.last)]
-    together = min(ends) - max(notice.onset, finding.onset) + 1
-    shorter = min(ends[0] - notice.onset, ends[1] - finding.onset) + 1
-    if together < 0.5 * shorter:
+    if not _overlap(notice, finding.onset, finding.last, index):
         return False
     best = verdict.explained[0]
-    return best.cause == notice.cause or not confirmed(best)
+    return best.cause in (notice.cause, *CAUSES[notice.cause].brings) or not confirmed(best)
+
+
+def _brings(notice: Notice, other: Notice, index: int) -> bool:
+    """Whether what one family saw is what another cause brings about."""
+    there = not notice.rows or not other.rows or set(other.rows) <= set(notice.rows)
+    return other.cause in CAUSES[notice.cause].brings and there and _overlap(notice, other.onset, other.last, index)
+
+
+def _lengthens(notice: Notice, link: LinkVerdict, index: int) -> bool:
+    """Whether transfers take longer because of a noticed cause, which no port or switch confirms."""
+    reached = "transfer" in CAUSES[notice.cause].absorbs and not link.confirmed
+    return reached and _overlap(notice, link.onset, link.last, index)
+
+
+def _overlap(notice: Notice, onset: int, last: int | None, index: int) -> bool:
+    """Whether a notice and something else run together for most of the shorter."""
+    ends = [index if end is None else end for end in (notice.last, last)]
+    together = min(ends) - max(notice.onset, onset) + 1
+    return together >= 0.5 * (min(ends[0] - notice.onset, ends[1] - onset) + 1)

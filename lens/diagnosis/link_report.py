@@ -10,7 +10,6 @@ from lens.diagnosis.report import (
     device_hours,
     evidence_of,
     hypothesis,
-    listed,
     milliseconds,
     moved,
     named,
@@ -59,7 +58,7 @@ def of_link(examiner: Examiner, link: LinkVerdict) -> list[Hypothesis]:
                 evidence=[evidence_of(pair.measures[name], ranks) for name in _moved_names(pair)],
                 against=_against(link) if number == 0 else [],
                 recommendation=_sentence(link, pair, ranks, lost)
-                + advice.format(component=component or "the fabric", ranks=listed(ranks)),
+                + advice.format(component=component or "the fabric", ranks=named(ranks) if ranks else "all ranks"),
                 what_if={"step_seconds_now": rounded(now, 6), "step_seconds_if_fixed": rounded(fixed, 6)},
             )
         )  # fmt: skip

@@ -67,11 +67,13 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Cause:
-    """How a noticed cause is told. absorbs: parts of the step whose excess on its ranks it explains."""
+    """How a noticed cause is told. absorbs: parts of the step whose excess on its ranks it explains. brings: causes that
+    it brings about."""
 
     advice: str
     severity: str = "warning"
     absorbs: tuple[str, ...] = ()
+    brings: tuple[str, ...] = ()
 
 
 def grid(count: int) -> Ints:

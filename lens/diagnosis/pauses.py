@@ -67,22 +67,23 @@ def _counted(name: str, factor: float) -> Callable[[Examiner], Floats | None]:
 def _collected(run: Examiner) -> Floats | None:
     """Seconds of collection by step; from the counter where steps do not bear them."""
     counted = _counted("gc_ns", SECONDS)(run)
-    return _spread(run, "process.gc.time") if counted is None else counted
+    return spread_over_steps(run, "process.gc.time") if counted is None else counted
 
 
-def _spread(run: Examiner, metric: str) -> Floats | None:
+def spread_over_steps(run: Examiner, metric: str) -> Floats | None:
     """What a counter grew by, laid evenly over the steps between its samples."""
     series = run.signals.series(metric)
     if series is None:
         return None
-    spent = np.zeros(run.frame.shape)
-    same = (np.diff(series.row) == 0) & (np.diff(series.step) > 0)
-    for at in np.flatnonzero(same).tolist():
-        since, until = int(series.step[at]), int(series.step[at + 1])
-        spent[since + 1 : until + 1, series.row[at]] += max(0.0, series.value[at + 1] - series.value[at]) / (
-            until - since
-        )
-    return spent
+    same = np.flatnonzero((np.diff(series.row) == 0) & (np.diff(series.step) > 0))
+    since, until, row = series.step[same], series.step[same + 1], series.row[same]
+    pace = np.maximum(np.diff(series.value)[same], 0) / (until - since)
+    rises = np.zeros((run.frame.shape[0] + 1, run.frame.shape[1]))
+    np.add.at(rises, (since + 1, row), pace)
+    np.add.at(rises, (until + 1, row), -pace)
+    spent: Floats = np.cumsum(rises, axis=0)[:-1]
+    # What is left of sums that cancel is nothing.
+    return np.where(spent > 1e-9 * max(1e-30, float(spent.max(initial=0.0))), spent, 0.0)
 
 
 def _compiled(run: Examiner) -> Floats | None:

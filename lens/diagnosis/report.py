@@ -83,7 +83,7 @@ def of_verdict(examiner: Examiner, verdict: Verdict) -> list[Hypothesis]:
                 evidence=_evidence(verdict, explained, ranks),
                 against=_against(verdict, explained) if place == 0 else [],
                 recommendation=_sentence(examiner, verdict, explained, ranks, component, lost, ratio)
-                + advice.format(component=component or named(ranks), ranks=listed(ranks)),
+                + advice.format(component=component or named(ranks), ranks=named(ranks)),
                 what_if={"step_seconds_now": rounded(now, 6), "step_seconds_if_fixed": rounded(fixed, 6)},
             )
         )  # fmt: skip

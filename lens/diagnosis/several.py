@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lens.diagnosis import policy, replay
+from lens.diagnosis.arrays import Floats, Ints
 from lens.diagnosis.signatures import confirmed
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def settled(run: Examiner, judged: list[Verdict]) -> list[Verdict]:
     return told
 
 
+def joint_ratio(run: Examiner, verdicts: list[Verdict]) -> float | None:
+    """Mean step time over what it would be without all of these findings, in the steps of the costliest."""
+    after = max(verdicts, key=lambda v: v.share).after
+    late, loading = _excess(run, verdicts, after)
+    return replay.step_ratio(run.frame, late, after, loading=loading)
+
+
 def _once_a_rank(judged: list[Verdict]) -> list[Verdict]:
     """Without what is another view of a rank's costlier finding: a second cause must be confirmed by itself, in a part of
     the step that the first does not reach."""
@@ -74,11 +82,17 @@ def _overlap(one: Verdict, other: Verdict) -> bool:
 
 def _without(run: Examiner, verdict: Verdict, others: list[Verdict]) -> float | None:
     """What a finding costs once the others are repaired; None without a replay."""
-    late = np.zeros((2, len(verdict.after), run.frame.shape[1]))
-    for other in others:
-        _, mine, theirs = np.intersect1d(verdict.after, other.after, return_indices=True)
-        late[int(other.at_begin)][mine] += other.extra[theirs]
-    before = replay.step_seconds(run.frame, late[0], verdict.after, loading=late[1])
-    late[int(verdict.at_begin)] += verdict.extra
-    after = replay.step_seconds(run.frame, late[0], verdict.after, loading=late[1])
-    return None if before is None or after is None or after[1] <= 0 else before[1] / after[1]
+    ratios = []
+    for repaired in (others, [*others, verdict]):
+        late, loading = _excess(run, repaired, verdict.after)
+        ratios.append(replay.step_ratio(run.frame, late, verdict.after, loading=loading))
+    return None if ratios[0] is None or ratios[1] is None else ratios[1] / ratios[0]
+
+
+def _excess(run: Examiner, verdicts: list[Verdict], after: Ints) -> tuple[Floats, Floats]:
+    """Seconds too long of all ranks, spread over the step and before its first collective [after, ranks]."""
+    late, loading = np.zeros((2, len(after), run.frame.shape[1]))
+    for verdict in verdicts:
+        _, mine, theirs = np.intersect1d(after, verdict.after, return_indices=True)
+        (loading if verdict.at_begin else late)[mine] += verdict.extra[theirs]
+    return late, loading

@@ -95,7 +95,7 @@ SIGNATURES: tuple[Signature, ...] = (
             _no_more("run_delay", 1.5), _no_more("throttled"), _no_more("gc", 4.0), _no_more("recompiles"),
             _no_more("data", 0.5),
         ),
-        "Take {component} out of the job and test it (clock locks, power limit, memory errors), or move rank {ranks} "
+        "Take {component} out of the job and test it (clock locks, power limit, memory errors), or move {ranks} "
         "to a spare card.",
     ),
     Signature(
@@ -149,12 +149,12 @@ SIGNATURES: tuple[Signature, ...] = (
             _no_more("compute", 2.0), _still("pcie", 4.0), _no_more("foreign", 3.0), _no_more("run_delay", 3.0),
             _no_more("throttled", 3.0), _no_more("gc", 2.0), _no_more("tokens", 1.0),
         ),
-        "Pin the host memory of rank {ranks} and copy with non_blocking=True, a batch ahead of the step that needs it.",
+        "Pin the host memory of {ranks} and copy with non_blocking=True, a batch ahead of the step that needs it.",
     ),
     Signature(
         "hot_expert", ("compute",), -0.5,
         (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _no_more("run_delay", 1.0), _no_more("throttled", 1.0)),
-        "Balance the router (auxiliary loss, capacity factor) or spread the experts of rank {ranks} over more cards.",
+        "Balance the router (auxiliary loss, capacity factor) or spread the experts of {ranks} over more cards.",
         bar=1.2,
     ),
     Signature(
@@ -163,13 +163,13 @@ SIGNATURES: tuple[Signature, ...] = (
             _rises("run_delay", 4.0, 4.0, 3.0), _no_more("throttled", 3.0), _still("clock", 4.0), _no_more("gc", 2.0),
             _no_more("tokens", 1.0),
         ),
-        "Find what else runs on the cores of rank {ranks} and pin the trainer and its loaders away from it.",
+        "Find what else runs on the cores of {ranks} and pin the trainer and its loaders away from it.",
         bar=policy.UNCONFIRMED_BAR,
     ),
     Signature(
         "cpu_quota", ("compute", "data", "h2d", "host", "transfer"), -0.5,
         (_rises("throttled", 5.0, 5.0, 3.5), _still("clock", 2.0)),
-        "Raise the CPU quota of the container of rank {ranks}: it is throttled by its control group.",
+        "Raise the CPU quota of the container of {ranks}: it is throttled by its control group.",
     ),
     Signature(
         "slow_dataloader", ("data",), 3.0,
@@ -177,22 +177,22 @@ SIGNATURES: tuple[Signature, ...] = (
             _no_more("compute", 2.0), _falls("queue", 1.5, 2.0), _no_more("run_delay", 3.0), _no_more("throttled", 3.0),
             _no_more("gc", 2.0),
         ),
-        "Give rank {ranks} more loader workers or faster storage, and look at what its samples cost to prepare.",
+        "Give {ranks} more loader workers or faster storage, and look at what its samples cost to prepare.",
     ),
     Signature(
         "python_gc", ("compute", "host", "data", "h2d"), -0.5,
         (_rises("gc", 5.0, 5.0, 4.0), _still("clock", 1.0)),
-        "Freeze or schedule Python's garbage collection on rank {ranks} (gc.freeze, gc.disable with a planned collect).",
+        "Freeze or schedule Python's garbage collection on {ranks} (gc.freeze, gc.disable with a planned collect).",
     ),
     Signature(
         "recompilation", ("compute",), -0.5,
         (_rises("recompiles", 4.5, 5.0, 4.0), _still("clock", 1.0)),
-        "Mark the changing dimension as dynamic or pad it: rank {ranks} compiles again and again.",
+        "Mark the changing dimension as dynamic or pad it on {ranks}, so that nothing is compiled again.",
     ),
     Signature(
         "logging_overhead", ("host",), -0.5,
         (_rises("logging", 5.0, 5.0, 4.0),),
-        "Log less often on rank {ranks}, or from another thread.",
+        "Log less often on {ranks}, or from another thread.",
     ),
     Signature(
         "slow_link", ("transfer",), 1.5,
@@ -200,7 +200,7 @@ SIGNATURES: tuple[Signature, ...] = (
             _falls("link_rate", 4.0, 0.3), _no_more("port_errors", 4.0), _no_more("wide_pressure", 2.0),
             _no_more("wide", 3.0), _no_more("inside", 5.0), _no_more("latency", 3.0), *_NOT_BEHIND_IT,
         ),
-        "Look at the port, cable and switch port of {component} (rate, width, lanes), and move rank {ranks} off it.",
+        "Look at the port, cable and switch port of {component} (rate, width, lanes), and move {ranks} off it.",
     ),
     Signature(
         "lossy_link", ("transfer",), -1.0,
@@ -238,7 +238,9 @@ SIGNATURES: tuple[Signature, ...] = (
         "Look at the card-to-card links of {component} (state, lanes, replay and CRC counters).",
     ),
 )  # fmt: skip
-UNEXPLAINED_ADVICE = "Profile rank {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
+UNEXPLAINED_ADVICE = (
+    "Profile {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
+)
 
 
 @dataclass(frozen=True)
