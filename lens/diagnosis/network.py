@@ -8,7 +8,7 @@ throttles a process is weighed among the causes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -148,10 +148,10 @@ class Network:
         return self._verdicts[index]
 
     def _changed(self, index: int, load: ExpertLoad | None) -> list[LinkVerdict]:
-        known = [
+        known = _joined([
             Watched(change, item.streams, item.relative)
             for item in self.watched if (change := item.change.seen_at(index)) is not None
-        ]  # fmt: skip
+        ])  # fmt: skip
         known.sort(key=lambda w: (-w.change.effect * len(_span(w.change, index)), not w.relative, w.streams))
         found: list[LinkVerdict] = []
         for _ in range(MOST_EVENTS):
@@ -362,6 +362,30 @@ def _window(before: Ints, after: Ints) -> Window:
 def _span(change: Change, index: int) -> range:
     """The steps that a change lasted, as known at a step."""
     return range(change.onset, (index if change.last is None else change.last) + 1)
+
+
+def _joined(known: list[Watched]) -> list[Watched]:
+    """Episodes of the same streams as one where they lie no further apart than the longer of them lasted: losses come and
+    go by chance."""
+    result: list[Watched] = []
+    for item in sorted(known, key=lambda w: (w.streams, w.relative, w.change.row, w.change.onset)):
+        held = result[-1] if result and _of_the_same(result[-1], item) else None
+        over = None if held is None else held.change.last
+        if held is not None and over is not None:
+            one, other = held.change, item.change
+            # How long the newer one will have lasted is not known while it lasts.
+            longest = max(over - one.onset, 0 if other.last is None else other.last - other.onset)
+            if other.onset - over <= longest + 1:
+                effect = max(one.effect, other.effect)
+                joined = replace(one, effect=effect, last=other.last, settled=other.settled)
+                result[-1] = replace(held, change=joined)
+                continue
+        result.append(item)
+    return result
+
+
+def _of_the_same(one: Watched, other: Watched) -> bool:
+    return (one.streams, one.relative, one.change.row) == (other.streams, other.relative, other.change.row)
 
 
 def _same(verdict: LinkVerdict, other: LinkVerdict) -> bool:
