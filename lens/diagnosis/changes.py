@@ -305,11 +305,13 @@ class NoiseFloor:
         be one; a rank that is noisier than most has its own floor. sigma: spread of single steps [ranks].
         """
         spreads = [sigma]
+        running = _running_sum(past)
+        running_clean = running if past is clean else _running_sum(clean)
         for length in policy.NOISE_WINDOWS:
             if len(past) < 2 * length:
                 break
-            common = _stray(past, length)
-            own = common if past is clean else _stray(clean, length)
+            common = _stray(running, length)
+            own = common if past is clean else _stray(running_clean, length)
             spreads.append(np.maximum(np.median(common), own))
         return cls(np.maximum(np.stack(spreads), policy.SMALLEST_SIGMA / 2))
 
@@ -335,12 +337,20 @@ class NoiseFloor:
         return float(np.hypot(self.of_length(length, row), self.of_length(other, row)))
 
 
-def _stray(values: Floats, length: int) -> Floats:
+def _running_sum(values: Floats) -> Floats:
+    """Sums of each rank's effects up to each step, begun at 0 [ranks, steps + 1]; what is not known counts as none."""
+    # Along contiguous memory, sums and sorting are several times faster than across it.
+    filled = np.array(values.T, order="C")
+    np.clip(filled, -1, 1, out=filled)
+    filled[np.isnan(filled)] = 0.0
+    running = np.zeros((filled.shape[0], filled.shape[1] + 1))
+    np.cumsum(filled, axis=1, out=running[:, 1:])
+    return running
+
+
+def _stray(running: Floats, length: int) -> Floats:
     """How far the moving means of each rank lie from 0, as a standard deviation [ranks]."""
-    filled = np.clip(np.nan_to_num(values), -1, 1)
-    running = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(filled, axis=0)])
-    # Sorting along contiguous memory is several times faster than across it.
-    means = np.ascontiguousarray(np.abs(running[length:] - running[:-length]).T) / length
+    means = np.abs(running[:, length:] - running[:, :-length]) / length
     place = 0.9 * (means.shape[1] - 1)
     low, high = int(place), min(int(place) + 1, means.shape[1] - 1)
     means.partition((low, high), axis=1)

@@ -115,8 +115,9 @@ class Learning:
                 continue
             away = _apart(self.norms[np.ix_(steps, group)])
             loss = _apart(self.local[np.ix_(steps, group)])
-            for member, row in enumerate(group.tolist()):
-                notice = self._one(row, away[:, member], loss[:, member], steps)
+            enough = np.isfinite(away).sum(axis=0) >= FEWEST_PAST + CORRUPT_STEPS
+            for member in np.flatnonzero(enough).tolist():
+                notice = self._one(int(group[member]), away[:, member], loss[:, member], steps)
                 if notice is not None:
                     found.append(notice)
         # Ranks that leave together are no broken card: their data or their part of the model changed.
@@ -124,8 +125,6 @@ class Learning:
 
     def _one(self, row: int, away: Floats, loss: Floats, steps: Ints) -> Notice | None:
         known = np.flatnonzero(np.isfinite(away))
-        if len(known) < FEWEST_PAST + CORRUPT_STEPS:
-            return None
         split = _departure(away[known])
         if split is None:
             return None

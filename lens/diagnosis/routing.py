@@ -92,9 +92,10 @@ def _arrivals(
     # A vector without rank is summed over all ranks: it reaches every group's owner.
     everywhere = _sums(np.where(sender < 0, step, -1), owned, steps)
     by_group = by_group.reshape(groups, steps, -1)
-    for row in np.flatnonzero((place[:-1] >= 0) & (place[:-1] < owned.shape[1])).tolist():
-        near, far = by_group[group[row], :, place[row]], everywhere[:, place[row]]
-        arrived[:, row] = np.where(np.isnan(near) & np.isnan(far), np.nan, np.nan_to_num(near) + np.nan_to_num(far))
+    rows = np.flatnonzero((place[:-1] >= 0) & (place[:-1] < owned.shape[1]))
+    near, far = by_group[group[rows], :, place[rows]].T, everywhere[:, place[rows]]
+    known = np.isfinite(near) | np.isfinite(far)
+    arrived[:, rows] = np.where(known, np.nan_to_num(near) + np.nan_to_num(far), np.nan)
     return arrived
 
 

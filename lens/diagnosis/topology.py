@@ -176,10 +176,9 @@ def _places(tables: Tables) -> dict[int, tuple[str | None, str | None]]:
     found: dict[int, tuple[set[str], set[str]]] = {}
     for table in (tables.samples, tables.events):
         borne = table["rank"] >= 0
-        triples = np.unique(
-            np.stack([table["rank"][borne], table["host"][borne], table["device"][borne]], axis=1), axis=0
-        )
-        for rank, host, device in triples.tolist():
+        columns = [table[name][borne] for name in ("rank", "host", "device")]
+        once = np.unique(pack(*columns), return_index=True)[1]
+        for rank, host, device in zip(*(column[once].tolist() for column in columns), strict=True):
             hosts, devices = found.setdefault(rank, (set(), set()))
             if host >= 0:
                 hosts.add(tables.strings[host])
