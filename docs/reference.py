@@ -19,7 +19,7 @@ from pathlib import Path
 from lens import settings
 from lens.catalogue import METRICS, Metric
 from lens.cli.errors import EXIT_CODES
-from lens.cli.main import VERBS
+from lens.cli.main import VERBS, module_of
 from lens.settings import Settings
 
 FOLDER = Path(__file__).parent
@@ -79,7 +79,7 @@ def cli_page() -> str:
         MADE_BY,
         "| verb | what it does |",
         "|---|---|",
-        *(f"| [`lens {name}`](#lens-{name}) | {_cell(module.HELP)} |" for name, module in VERBS.items()),
+        *(f"| [`lens {name}`](#lens-{name}) | {_cell(module_of(name).HELP)} |" for name in VERBS),
         "",
         "Every verb takes `--help` and `--json` (one object on standard output, for programs). An error is one sentence and "
         'what to do next; with `--json` it is `{"error", "hint", "exit_code"}`.',
@@ -97,7 +97,7 @@ def cli_page() -> str:
 
 
 def _verb(name: str) -> Iterator[str]:
-    module = VERBS[name]
+    module = module_of(name)
     parser = argparse.ArgumentParser(add_help=False)
     module.configure(parser)
     actions = parser._actions

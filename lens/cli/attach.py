@@ -16,21 +16,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lens.attach import attached, preflight, targets
-from lens.attach.attached import Outcome
+from lens.attach import preflight, targets
 from lens.attach.preflight import Facts, Refusal
 from lens.cli import attach_profile, attach_stacks
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
-from lens.cli.processes import wait_until
-from lens.cli.run import new_run_id
-from lens.reading.connection import owner_of
-from lens.settings import Settings
+
+if TYPE_CHECKING:
+    from lens.attach.attached import Outcome
+    from lens.settings import Settings
 
 HELP = "see into a training that is already running"
 SERVER_PATIENCE_S = 60.0
@@ -68,6 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     refused = [refusal for _, refusal in judged if refusal is not None]
     if refused:
         raise CommandError(refused[0].reason, refused[0].fix)
+    # From here on the target is entered: what only that needs is loaded now, so that a refusal comes at once.
+    import time
+
+    from lens.attach import attached
+
     settings = _serving(arguments)
     outcomes = [attached.attach(facts.pid, settings, arguments.wait) for facts in chosen]
     _report(outcomes, settings, arguments.json)
@@ -111,6 +112,9 @@ def _chosen(arguments: argparse.Namespace) -> list[Facts]:
 
 def _serving(arguments: argparse.Namespace) -> Settings:
     """Settings of the run, with a server that takes its records and an agent that ships them."""
+    from lens.cli.run import new_run_id
+    from lens.reading.connection import owner_of
+
     settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "attached")
     if settings.server is None:
         if owner_of(settings.data) is None:
@@ -128,6 +132,12 @@ def _serving(arguments: argparse.Namespace) -> Settings:
 
 def _start_server(settings: Settings) -> None:
     """A server that stays when we are gone: what it keeps is to be looked at."""
+    import subprocess
+    import sys
+
+    from lens.cli.processes import wait_until
+    from lens.reading.connection import owner_of
+
     settings.data.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lens", "serve", "--data", str(settings.data), "--port", "0"]
     with (settings.data / "server.log").open("ab") as log:

@@ -1,4 +1,4 @@
-"""Parse the command line and run one verb. Imports nothing heavy: ``lens --help`` answers at once."""
+"""Parse the command line and run one verb. Imports that verb alone, and nothing heavy: it answers at once."""
 
 from __future__ import annotations
 
@@ -6,53 +6,30 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from types import ModuleType
 
 from lens import __version__
-from lens.cli import (
-    agent,
-    attach,
-    compare,
-    demo,
-    detach,
-    diagnose,
-    doctor,
-    export,
-    list_runs,
-    postmortem,
-    query,
-    run,
-    selftest,
-    serve,
-    store,
-    top,
-)  # fmt: skip
 from lens.cli.errors import EXIT_CODES, INTERRUPTED, UNUSABLE, CommandError
 from lens.settings import SettingsError
 
-VERBS: dict[str, ModuleType] = {
-    "demo": demo,
-    "serve": serve,
-    "run": run,
-    "attach": attach,
-    "detach": detach,
-    "agent": agent,
-    "list": list_runs,
-    "top": top,
-    "diagnose": diagnose,
-    "compare": compare,
-    "query": query,
-    "export": export,
-    "store": store,
-    "postmortem": postmortem,
-    "selftest": selftest,
-    "doctor": doctor,
-}
+VERBS = (
+    "demo", "serve", "run", "attach", "detach", "agent", "list", "top", "diagnose",
+    "compare", "query", "export", "store", "postmortem", "selftest", "doctor",
+)  # fmt: skip
+"""In the order in which ``lens --help`` shows them."""
+_MODULES = {"list": "list_runs"}
+"""Where a verb's file has another name."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+def module_of(verb: str) -> ModuleType:
+    """The file of a verb: its HELP, `configure` and `run`."""
+    return import_module(f"lens.cli.{_MODULES.get(verb, verb)}")
+
+
+def build_parser(only: Iterable[str] = VERBS) -> argparse.ArgumentParser:
+    """The parser of these verbs."""
     codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="lens",
@@ -62,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lens {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module in VERBS.items():
+    for name in only:
+        module = module_of(name)
         verb = verbs.add_parser(
             name,
             help=module.HELP,
@@ -77,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. Errors are one sentence and what to do next, as JSON with --json."""
-    arguments = build_parser().parse_args(words)
+    words = sys.argv[1:] if words is None else words
+    arguments = build_parser(words[:1] if words[:1] and words[0] in VERBS else VERBS).parse_args(words)
     try:
         code: int = arguments.execute(arguments)
         return code
