@@ -8,7 +8,7 @@ DEV := $(VENV)/.installed-dev
 PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
 
-.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery prove-api prove-selftest
+.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery prove-api prove-selftest prove-attach
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anythin
 
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)
+
+prove-attach: $(DEV) ## what an attach is refused for, in which words and how soon (1 minute)
+	@$(BIN)/python benchmarks/attach_refusals.py --out docs/proofs/attach_refusals.md $(ARGS)
 
 prove-selftest: $(DEV) ## 322 faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (5 minutes)
 	@$(BIN)/lens selftest --cases 322 --healthy-steps 20000 --seed 1 $(ARGS)

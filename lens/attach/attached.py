@@ -122,7 +122,7 @@ def _answer(pid: int, report: Path, deadline: float) -> Mapping[str, Any]:
 
 def _attacher() -> str:
     try:
-        name = getpass.getuser()
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
     except (KeyError, OSError):
         name = str(os.getuid())
     return f"{name} (process {os.getpid()}) at {time.strftime('%Y-%m-%d %H:%M:%S')}"

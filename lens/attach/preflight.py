@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lens.attach import inject
+from lens.attach.privilege import CAP_SYS_PTRACE
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 """Versions of CPython whose pending calls run in the main thread as soon as it runs Python code."""
 MACHINES = ("x86_64",)
-CAP_SYS_PTRACE = 1 << 19
 STATES = {
     "R": "running",
     "S": "sleeping",
@@ -47,6 +47,7 @@ class Facts:
     descendant: bool = False
     """Whether the process descends from us."""
     tracer: int = 0
+    tracer_command: str = ""
     machine: str = "x86_64"
     version: tuple[int, int] | None = None
     """Of the interpreter; None when it is no Python."""
@@ -60,6 +61,8 @@ class Facts:
     """Whether its memory map could be read."""
     sees_lens: bool = True
     """Whether this installation of lens lies in the file system that it sees."""
+    inner_pid: int | None = None
+    """Its number in its own process namespace; None where that is ours."""
     rank: int | None = None
     world_size: int | None = None
     command: str = ""
@@ -74,6 +77,8 @@ class Refusal:
     fix: str
 
 
+_OURS = f"{sys.executable} -m lens attach"
+"""This command, as `sudo` and another directory find it."""
 Rule = Callable[[Facts], Refusal | None]
 
 
@@ -96,7 +101,8 @@ def look(pid: int, proc: Path = Path("/proc")) -> Facts:
         capable=bool(int(_status(proc / "self").get("CapEff", "0"), 16) & CAP_SYS_PTRACE),
         yama=_number(proc / "sys/kernel/yama/ptrace_scope"),
         descendant=_descends(pid, proc),
-        tracer=int(status.get("TracerPid", "0")),
+        tracer=(tracer := int(status.get("TracerPid", "0"))),
+        tracer_command=_command(proc / str(tracer)) if tracer else "",
         machine=platform.machine(),
         version=version,
         symbols=version is not None and _has_symbols(pid),
@@ -104,6 +110,7 @@ def look(pid: int, proc: Path = Path("/proc")) -> Facts:
         forbidden=environment.get("LENS_ATTACH") == "0",
         readable=readable,
         sees_lens=_sees(folder, Path(__file__)),
+        inner_pid=_inner(status, _status(proc / "self")),
         rank=_integer(environment.get("RANK")),
         world_size=_integer(environment.get("WORLD_SIZE")),
         command=_command(folder),
@@ -122,7 +129,9 @@ def judge(facts: Facts, rules: Iterable[Rule] | None = None) -> Refusal | None:
 def _exists(facts: Facts) -> Refusal | None:
     if facts.state is None or facts.state in "ZX":
         return Refusal(
-            "no process", f"there is no living process {facts.pid}", "lens attach --help shows how to find it"
+            "no process",
+            f"there is no living process {facts.pid}",
+            f"what trains here: {_OURS} --check --all-ranks",
         )
     return None
 
@@ -133,17 +142,18 @@ def _allowed(facts: Facts) -> Refusal | None:
     return Refusal(
         "LENS_ATTACH=0",
         f"process {facts.pid} forbids it: LENS_ATTACH=0 stands in its environment",
-        "ask its owner; the variable can only be changed at its next start",
+        _next_time(facts, "env -u LENS_ATTACH "),
     )
 
 
 def _same_user(facts: Facts) -> Refusal | None:
-    if facts.owner == facts.own_uid or facts.owner is None:
+    # Root acts as that user: lens.attach.privilege.
+    if facts.owner in (facts.own_uid, None) or (facts.own_uid == 0 and facts.capable):
         return None
     return Refusal(
         "other user",
         f"process {facts.pid} belongs to user {facts.owner}, you are {facts.own_uid}",
-        f"sudo -u '#{facts.owner}' {sys.executable} -m lens attach {facts.pid}",
+        f"sudo -u '#{facts.owner}' {_OURS} {facts.pid}",
     )
 
 
@@ -154,16 +164,17 @@ def _yama(facts: Facts) -> Refusal | None:
     said = {
         1: "only a parent may trace its children here (kernel.yama.ptrace_scope = 1)",
         2: "only the administrator may trace processes here (kernel.yama.ptrace_scope = 2)",
-        3: "nobody may trace processes here until the next boot (kernel.yama.ptrace_scope = 3)",
     }
-    fixes = {
-        1: "sudo sysctl kernel.yama.ptrace_scope=0, and back to 1 afterwards",
-        2: f"sudo {sys.executable} -m lens attach {facts.pid}",
-        3: "start the training with lens run from the next time on",
-    }
-    return Refusal(
-        f"Yama {scope}", said.get(scope, f"kernel.yama.ptrace_scope is {scope}"), fixes.get(scope, fixes[3])
-    )
+    nobody = "nobody may trace processes here until the next boot (kernel.yama.ptrace_scope = 3)"
+    if scope not in said:
+        return Refusal(f"Yama {scope}", nobody, _next_time(facts))
+    if facts.own_uid == 0:
+        return Refusal(
+            f"Yama {scope}",
+            f"{said[scope]}, and this container's root may not",
+            "start the container with --cap-add SYS_PTRACE, or on its host: sysctl kernel.yama.ptrace_scope=0",
+        )
+    return Refusal(f"Yama {scope}", said[scope], f"sudo {_OURS} {facts.pid}")
 
 
 def _untraced(facts: Facts) -> Refusal | None:
@@ -171,8 +182,8 @@ def _untraced(facts: Facts) -> Refusal | None:
         return None
     return Refusal(
         "already traced",
-        f"process {facts.tracer} traces it already (a debugger, or another attach)",
-        f"end that first: ps -p {facts.tracer}",
+        f"process {facts.tracer} ({facts.tracer_command or 'a debugger, or another attach'}) traces it already",
+        f"leave it there (gdb: detach), then: {_OURS} {facts.pid}",
     )
 
 
@@ -180,7 +191,9 @@ def _not_stopped(facts: Facts) -> Refusal | None:
     if facts.state not in ("T", "t"):
         return None
     return Refusal(
-        "stopped", f"process {facts.pid} is stopped: it runs no Python code", f"kill -CONT {facts.pid}, then attach"
+        "stopped",
+        f"process {facts.pid} is stopped: it runs no Python code",
+        f"kill -CONT {facts.pid} && {_OURS} {facts.pid}",
     )
 
 
@@ -190,14 +203,14 @@ def _readable(facts: Facts) -> Refusal | None:
     return Refusal(
         "not readable",
         f"the memory map of process {facts.pid} cannot be read: it is protected (not dumpable, or in another namespace)",
-        "attach from inside its container, with --cap-add SYS_PTRACE",
+        f"as root: sudo {_OURS} {facts.pid}; in a container, one started with --cap-add SYS_PTRACE",
     )
 
 
 def _machine(facts: Facts) -> Refusal | None:
     if facts.machine in MACHINES:
         return None
-    return Refusal("architecture", f"attaching is not written for {facts.machine} yet", "start it with lens run")
+    return Refusal("architecture", f"attaching is not written for {facts.machine} yet", _next_time(facts))
 
 
 def _python(facts: Facts) -> Refusal | None:
@@ -206,7 +219,7 @@ def _python(facts: Facts) -> Refusal | None:
     return Refusal(
         "not Python",
         f"process {facts.pid} ({facts.command or 'unknown'}) is no Python interpreter",
-        "name the Python process: lens attach --list",
+        f"what trains here: {_OURS} --check --all-ranks",
     )
 
 
@@ -218,7 +231,7 @@ def _supported(facts: Facts) -> Refusal | None:
     return Refusal(
         "Python version",
         f"process {facts.pid} runs Python {version[0]}.{version[1]}; {known} can be attached to",
-        "start it with one of these, or with lens run",
+        _next_time(facts),
     )
 
 
@@ -228,7 +241,17 @@ def _symbols(facts: Facts) -> Refusal | None:
     return Refusal(
         "no symbols",
         f"the interpreter of process {facts.pid} does not show its functions (stripped or linked statically)",
-        "use a Python with its dynamic symbols, such as the distribution's or python.org's",
+        _next_time(facts),
+    )
+
+
+def _same_numbers(facts: Facts) -> Refusal | None:
+    if facts.inner_pid is None:
+        return None
+    return Refusal(
+        "process namespace",
+        f"process {facts.pid} runs in a container, where it is process {facts.inner_pid}",
+        f"inside its container: pip install mistrallens && lens attach {facts.inner_pid}",
     )
 
 
@@ -237,14 +260,14 @@ def _visible(facts: Facts) -> Refusal | None:
         return None
     return Refusal(
         "file system",
-        f"process {facts.pid} sees another file system, where this lens is not",
-        f"install lens inside its container, or run there: lens attach {facts.pid}",
+        f"process {facts.pid} cannot read this lens ({Path(__file__).parents[1]}): it sees other files, or may not",
+        f"nsenter -t {facts.pid} -m -r sh -c 'pip install mistrallens && lens attach {facts.pid}'",
     )
 
 
 RULES: tuple[Rule, ...] = (
     _exists, _allowed, _same_user, _yama, _untraced, _not_stopped, _readable, _machine, _python, _supported, _symbols,
-    _visible,
+    _same_numbers, _visible,
 )  # fmt: skip
 """In the order in which they are asked: what a person must settle first comes first."""
 READING_RULES: tuple[Rule, ...] = (_exists, _allowed, _same_user, _yama, _readable, _python)
@@ -262,6 +285,16 @@ def said(facts: Facts) -> Mapping[str, str]:
         "user": f"{facts.owner} (you: {facts.own_uid})",
         "yama": "not in this kernel" if facts.yama is None else str(facts.yama),
     }
+
+
+def _next_time(facts: Facts, before: str = "") -> str:
+    return f"from its next start on: {before}lens run -- {facts.command or 'COMMAND'}"
+
+
+def _inner(status: Mapping[str, str], own: Mapping[str, str]) -> int | None:
+    """The last number of a process that has more of them than we have."""
+    numbers = status.get("NSpid", "").split()
+    return int(numbers[-1]) if len(numbers) > len(own.get("NSpid", "").split() or numbers) else None
 
 
 def _status(folder: Path) -> dict[str, str]:

@@ -18,9 +18,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from lens.attach import preflight, targets
+from lens.attach import preflight, privilege, targets
 from lens.attach.preflight import Facts, Refusal
-from lens.cli import attach_profile, attach_stacks
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 
@@ -55,15 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Attach, and say what came of it, process by process."""
     chosen = _chosen(arguments)
     if arguments.stacks:
+        from lens.cli import attach_stacks
+
         return attach_stacks.run(chosen, settings_of(arguments), arguments.wait, arguments.json)
     if arguments.profile is not None:
         return _profile(arguments, chosen)
-    judged = [(facts, preflight.judge(facts)) for facts in chosen]
     if arguments.check:
-        return _report_check(judged, arguments.json)
-    refused = [refusal for _, refusal in judged if refusal is not None]
-    if refused:
-        raise CommandError(refused[0].reason, refused[0].fix)
+        return _report_check([(facts, preflight.judge(facts)) for facts in chosen], arguments.json)
+    _refuse(chosen)
+    if act_for_owner(chosen[0].pid):
+        # What root may read that user may not.
+        _refuse([preflight.look(facts.pid) for facts in chosen])
     # From here on the target is entered: what only that needs is loaded now, so that a refusal comes at once.
     import time
 
@@ -83,8 +84,27 @@ def _profile(arguments: argparse.Namespace, chosen: list[Facts]) -> int:
         raise CommandError(
             "--profile takes the number of steps, 1 or more", "lens attach --profile 2 PID", UNUSABLE
         )
+    from lens.cli import attach_profile
+    from lens.cli.run import new_run_id
+
     settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "profiled")
     return attach_profile.run(chosen, settings, arguments.profile, arguments.wait, arguments.json)
+
+
+def _refuse(chosen: list[Facts]) -> None:
+    for refusal in map(preflight.judge, chosen):
+        if refusal is not None:
+            raise CommandError(refusal.reason, refusal.fix)
+
+
+def act_for_owner(pid: int) -> bool:
+    """As root become the owner of the process; whether that was needed."""
+    try:
+        return privilege.act_for(pid)
+    except OSError as error:
+        raise CommandError(
+            f"root cannot act for the owner of process {pid}: {error}", "install lens where that user can read it"
+        ) from error
 
 
 def _chosen(arguments: argparse.Namespace) -> list[Facts]:
@@ -138,7 +158,10 @@ def _start_server(settings: Settings) -> None:
     from lens.cli.processes import wait_until
     from lens.reading.connection import owner_of
 
-    settings.data.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"no data folder can be made: {error}", "name another: --data DIR", UNUSABLE) from error
     command = [sys.executable, "-m", "lens", "serve", "--data", str(settings.data), "--port", "0"]
     with (settings.data / "server.log").open("ab") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -11,6 +11,7 @@ import json
 import time
 
 from lens.attach import attached, targets
+from lens.cli.attach import act_for_owner
 from lens.cli.errors import DONE, FAILED, UNUSABLE, CommandError
 from lens.cli.options import add_data, settings_of
 
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         pids = [facts.pid for facts in found]
     else:
         pids = [arguments.pid]
+    for pid in pids[:1]:
+        act_for_owner(pid)
     settings = settings_of(arguments)
     rings = {pid: attached.rings_of(pid, settings) for pid in pids}
     watched = {pid: paths for pid, paths in rings.items() if paths}

@@ -91,10 +91,14 @@ def owner_of(data: Path) -> dict[str, Any] | None:
     """What the server that owns this folder says of itself (url, pid), or None when none lives."""
     try:
         found: dict[str, Any] = json.loads((data / "server.json").read_text())
-        os.kill(int(found["pid"]), 0)
-    except PermissionError:
-        return found
+        pid = int(found["pid"])
     except (OSError, ValueError, KeyError):
+        return None
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return found  # it lives, and is another user's
+    except OSError:
         return None
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 import pytest
 
 from lens.attach.preflight import Facts, judge, look
+from lens.attach.ptrace import StoppedThread
 
 GOOD = Facts(
     4711, "R", owner=1000, own_uid=1000, version=(3, 12), symbols=True, torch=True, rank=0, world_size=8,
@@ -33,6 +35,7 @@ REFUSED = {
     "not Python": {"version": None, "symbols": False},
     "Python version": {"version": (3, 8)},
     "no symbols": {"symbols": False},
+    "process namespace": {"inner_pid": 7},
     "file system": {"sees_lens": False},
 }
 
@@ -43,12 +46,28 @@ def test_each_rule_refuses_by_its_name_and_says_what_to_do(rule: str) -> None:
     assert refusal is not None
     assert refusal.rule == rule
     assert len(refusal.reason) > 20
-    assert len(refusal.fix) > 10
+    # A command, of which a person need not guess a word.
+    assert re.search(r"(lens attach (\d+|--check --all-ranks)|lens run -- python train.py)", refusal.fix)
+
+
+@pytest.mark.parametrize(("user", "capable", "fix"), [(1000, False, "sudo "), (0, False, "--cap-add SYS_PTRACE")])
+def test_root_of_a_container_is_not_sent_to_sudo(user: int, capable: bool, fix: str) -> None:
+    refusal = judge(replace(GOOD, yama=1, owner=user, own_uid=user, capable=capable))
+    assert refusal is not None
+    assert fix in refusal.fix
 
 
 @pytest.mark.parametrize(
     "allowed",
-    [{}, {"yama": 0}, {"yama": 1, "descendant": True}, {"yama": 1, "capable": True}, {"yama": 2, "capable": True}],
+    [
+        {},
+        {"yama": 0},
+        {"yama": 1, "descendant": True},
+        {"yama": 1, "capable": True},
+        {"yama": 2, "capable": True},
+        {"own_uid": 0, "capable": True},
+        {"yama": 2, "own_uid": 0, "capable": True},
+    ],
 )
 def test_what_the_kernel_allows_is_not_refused(allowed: dict[str, object]) -> None:
     assert judge(replace(GOOD, **allowed)) is None
@@ -96,4 +115,24 @@ def test_real_processes_are_refused_for_what_they_are() -> None:
         while look(child.pid).state != "T":
             time.sleep(0.01)
         assert rule_of(child.pid) == "stopped"
+    with process(sys.executable, "-c", LOOP) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with StoppedThread(child.pid, 20.0):
+            facts = look(child.pid)
+            refusal = judge(facts)
+            assert facts.tracer == os.getpid()
+            assert refusal is not None
+            assert refusal.rule == "already traced"
+            assert f"process {os.getpid()} ({facts.tracer_command[:5]}" in refusal.reason
     assert rule_of(2**22 + 1) == "no process"
+
+
+def test_a_refusal_loads_nothing_that_only_an_attach_needs() -> None:
+    program = (
+        "import sys; from lens.cli.main import main; main(['attach', str(2**22 + 1)]); "
+        "print(*sorted(name for name in sys.modules if name.startswith('lens.cli.')))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "there is no living process" in found.stderr
+    assert found.stdout.split() == ["lens.cli.attach", "lens.cli.errors", "lens.cli.main", "lens.cli.options"]
