@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,9 @@ def watch_every_optimizer(
         if ending() is optimizer and not timeline.steps_by_hand and timeline.step != NULL:
             after_step()
 
+    if "torch._dynamo" in sys.modules:
+        # Below a compiled optimizer these would be traced, and what they call with them.
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     for handle in (
         optimizers.register_optimizer_step_pre_hook(before),
         optimizers.register_optimizer_step_post_hook(after),

@@ -89,8 +89,8 @@ def training(tmp_path: Path) -> Training:
     return Training(tmp_path)
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
+def wait_for(condition: Callable[[], Any], patience_s: float = 60) -> None:
+    end = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
