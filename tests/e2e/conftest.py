@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dashboard.conftest import browser as browser
 from tests.e2e.harness import Demo, Hosted
 
 

@@ -27,9 +27,13 @@ class Family:
         """The one that serves."""
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
-        """Start `lens` with these words; a marker of our own in the environment finds every descendant."""
+        """Start `lens` with these words."""
+        return self.start_python("-m", "lens", *words, **environment)
+
+    def start_python(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Start Python with these words; a marker of our own in the environment finds every descendant."""
         return subprocess.Popen(
-            [sys.executable, "-m", "lens", *words],
+            [sys.executable, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
