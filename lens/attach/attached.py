@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.attach import inject, payload
+from lens.attach import inject, payload, preflight
 from lens.attach.ptrace import TraceError
 from lens.ring_files import host_directory, private_directory
 from lens.ring_reader import RingError, RingReader, write_control
@@ -56,6 +56,8 @@ def attach(pid: int, settings: Settings, patience_s: float) -> Outcome:
         "data": str(settings.data.absolute()), "server": settings.server, "agent": False,
     }  # fmt: skip
     try:
+        if not preflight.sees(pid, folder):
+            raise LookupError(f"it sees another {settings.rings} than we do: attach inside its container")
         line = payload.line(report, {key: value for key, value in wanted.items() if value is not None}, _attacher())
         stopped = inject.run_line(pid, line)
         answer = _answer(pid, report, began + patience_s)

@@ -57,10 +57,10 @@ def locate(pid: int) -> Addresses:
         OSError: the process cannot be read.
     """
     found = find(pid, FUNCTIONS)
-    mapped, root = _mapped_files(pid), Path(f"/proc/{pid}/root")
+    mapped = _mapped_files(pid)
     for name in mapped:
         if Path(name).name.startswith(("libc.so", "libc-2", "ld-musl")):
-            place = elf.read(root / name.lstrip("/")).find_code(machine.SYSCALL)
+            place = elf.read(_file_of(pid, name)).find_code(machine.SYSCALL)
             if place is not None:
                 return Addresses(found[FUNCTIONS[0]], found[FUNCTIONS[1]], mapped[name] + place)
     raise LookupError("no C library was found in it")
@@ -74,11 +74,10 @@ def find(pid: int, names: Collection[str]) -> dict[str, int]:
         OSError: the process cannot be read.
     """
     mapped = _mapped_files(pid)
-    root = Path(f"/proc/{pid}/root")
     program = str(Path(f"/proc/{pid}/exe").readlink())
     for name in [name for name in mapped if "libpython" in Path(name).name] + [program]:
         try:
-            symbols = _symbols(root / name.lstrip("/"), names)
+            symbols = _symbols(_file_of(pid, name), names)
         except (OSError, elf.ElfError):
             continue
         if name in mapped and set(names) <= set(symbols):
@@ -181,6 +180,12 @@ def _queue(pid: int, thread: StoppedThread, places: Addresses, code: bytes) -> i
         if arrived in _FAULTS:
             raise TraceError(f"the call faulted (signal {arrived})")
         thread.keep_signal(arrived)
+
+
+def _file_of(pid: int, name: str) -> Path:
+    """A file that a process has mapped, by the name that the kernel shows: below that process's own root."""
+    root = Path(f"/proc/{pid}/root")
+    return root / name.removeprefix(str(root.readlink())).lstrip("/")
 
 
 def _mapped_files(pid: int) -> dict[str, int]:

@@ -109,7 +109,7 @@ def look(pid: int, proc: Path = Path("/proc")) -> Facts:
         torch=any("libtorch" in name for name in mapped),
         forbidden=environment.get("LENS_ATTACH") == "0",
         readable=readable,
-        sees_lens=_sees(folder, Path(__file__)),
+        sees_lens=sees(pid, Path(__file__), proc),
         inner_pid=_inner(status, _status(proc / "self")),
         rank=_integer(environment.get("RANK")),
         world_size=_integer(environment.get("WORLD_SIZE")),
@@ -341,13 +341,13 @@ def _has_symbols(pid: int) -> bool:
     return True
 
 
-def _sees(folder: Path, file: Path) -> bool:
+def sees(pid: int, path: Path, proc: Path = Path("/proc")) -> bool:
+    """Whether a process finds under this path what we find there."""
     try:
-        theirs = (folder / "root" / str(file.resolve()).lstrip("/")).stat()
+        theirs = (proc / str(pid) / "root" / str(path.resolve()).lstrip("/")).stat()
     except OSError:
         return False
-    ours = file.stat()
-    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+    return os.path.samestat(theirs, path.stat())
 
 
 def _descends(pid: int, proc: Path) -> bool:

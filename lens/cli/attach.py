@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lens.attach import preflight, privilege, targets
@@ -144,16 +145,23 @@ def _serving(arguments: argparse.Namespace) -> Settings:
         return settings
     try:
         from lens.collectors.agent import ensure_agent
+        from lens.collectors.launch import agent_about
     except ImportError as error:
         raise missing_extra(error, "all") from error
-    ensure_agent(dataclasses.replace(settings, token=settings.read_token()))
+    if not ensure_agent(dataclasses.replace(settings, token=settings.read_token())):
+        pid, server = agent_about(settings) or (0, settings.server)
+        if server != settings.server:
+            print(
+                f"lens: the agent of this host (process {pid}) ships to {server or 'no server'}, and this run with it\n"
+                f"      to have it at {settings.server}: kill {pid}, then attach again",
+                file=sys.stderr,
+            )
     return settings
 
 
 def _start_server(settings: Settings) -> None:
     """A server that stays when we are gone: what it keeps is to be looked at."""
     import subprocess
-    import sys
 
     from lens.cli.processes import wait_until
     from lens.reading.connection import owner_of

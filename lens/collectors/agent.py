@@ -316,6 +316,7 @@ def run_agent(settings: Settings) -> int:
         print(f"lens agent: another agent already serves host {settings.host}", file=sys.stderr)
         return 0
     with lock:
+        lock.tell(settings)
         agent = Agent(settings, _say)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

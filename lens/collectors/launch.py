@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,12 @@ class AgentLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def tell(self, settings: Settings) -> None:
+        """Say whom the agent ships to, for `agent_about`."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps({"pid": os.getpid(), "server": settings.server}).encode(), 0)
 
     def release(self) -> None:
         """Let another agent have it."""
@@ -88,6 +95,15 @@ def agent_running(settings: Settings) -> bool:
         return True
     lock.release()
     return False
+
+
+def agent_about(settings: Settings) -> tuple[int, str | None] | None:
+    """Process and server of the agent that serves this host and these rings; None when it has not said."""
+    try:
+        said = json.loads((host_directory(settings) / "agent.lock").read_text())
+        return int(said["pid"]), said["server"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def ensure_agent(settings: Settings) -> bool:
