@@ -155,6 +155,9 @@ train.step.duration|s|h||+|Time of one step
 train.phase.duration|s|h|phase|+|Time of one phase of a step
 train.tokens|{token}|c||-|Tokens worked on
 train.flops|{FLOP}|c|||Floating point operations done by the model
+train.tokens.rate|{token}/s|g||-|Tokens a second of this rank, in a step that was measured
+train.flops.rate|{FLOP}/s|g||-|Operations of the model a second, of this rank, in a step that was measured
+train.flops.hardware_rate|{FLOP}/s|g|||As train.flops.rate, what is computed once more to save memory counted too
 train.mfu|1|g||-|Model operations a second, of the device's dense peak
 train.hfu|1|g||-|As train.mfu, recomputation counted
 train.loss|1|g||+|Loss, reduced over ranks

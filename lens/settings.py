@@ -81,7 +81,7 @@ class Settings:
         unknown = set(overrides) - set(known)
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-        from_file = _read_file(Path(environ.get("LENS_CONFIG", "lens.toml")))
+        from_file = read_toml(Path(environ.get("LENS_CONFIG", "lens.toml")))
         chosen: dict[str, Any] = {}
         for name, field in known.items():
             for source, value in (
@@ -118,7 +118,12 @@ def default_rings() -> Path:
     return base / f"lens-{_user_id()}"
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says; nothing where there is none.
+
+    Raises:
+        SettingsError: it cannot be read.
+    """
     if not path.is_file():
         return {}
     if sys.version_info >= (3, 11):

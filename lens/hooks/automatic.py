@@ -27,6 +27,8 @@ class RootForward(StandIn):
         self._forward, self._eval = timeline.phase_id("forward"), timeline.phase_id("eval")
         self._compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
         self._training: Callable[[], bool] = torch.is_grad_enabled
+        self.probe: Any = None
+        """Takes the place of the original in steps that are measured: see `lens.hooks.work`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compiling():
@@ -39,12 +41,14 @@ class RootForward(StandIn):
         return result
 
 
-def watch_model(model: Any, timeline: Timeline) -> None:
+def watch_model(model: Any, timeline: Timeline) -> RootForward:
     """Time the calls of the root module."""
     # A module compiled in place is entered there; its `forward` only runs while it is traced.
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     attribute = "_compiled_call_impl" if compiled else "forward"
-    timeline.part.at_end(RootForward(model, attribute, timeline).put())
+    root = RootForward(model, attribute, timeline)
+    timeline.part.at_end(root.put())
+    return root
 
 
 def watch_backward(timeline: Timeline) -> None:

@@ -34,10 +34,10 @@ class Router(NamedTuple):
     """How many it chooses for each token, as far as the model says so."""
 
 
-def find_routers(model: Any) -> list[Router]:
-    """The routers of a model, in its order; those inside compiled modules are left alone."""
+def find_routers(model: Any, compiled_too: bool = False) -> list[Router]:
+    """The routers of a model, in its order; those inside compiled modules are left alone, unless asked for."""
     modules = dict(model.named_modules())
-    compiled = [name for name, module in modules.items() if _is_compiled(module)]
+    compiled = [] if compiled_too else [name for name, module in modules.items() if is_compiled(module)]
     found: list[str] = []
     for name, module in modules.items():
         if not name or any(_is_inside(name, other) for other in (*found, *compiled)):
@@ -100,7 +100,8 @@ def _is_router(name: str, module: Any, parent: Any) -> bool:
     return any("expert" in child for child in children) or any(word in around for word in PARENT_WORDS)
 
 
-def _is_compiled(module: Any) -> bool:
+def is_compiled(module: Any) -> bool:
+    """Whether torch.compile was asked to compile this module."""
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 

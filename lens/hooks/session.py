@@ -19,6 +19,7 @@ from lens.hooks.profiling import Profiling
 from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, timeline_of
 from lens.hooks.values import Values
+from lens.hooks.work import WorkDone
 from lens.recorder import Recorder
 from lens.settings import Settings
 from lens.slots import COLUMN_SEPARATOR
@@ -51,6 +52,7 @@ class Session:
         self.experts = Experts(self.timeline, self.values)
         self.memory = Memory(self.recorder)
         self.profiling = Profiling(self.recorder, self.timeline, settings)
+        self.work = WorkDone(self.recorder, self.timeline)
         self.unprepared = False
         """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
@@ -75,6 +77,7 @@ class Session:
             self.experts.part,
             self.memory.part,
             self.profiling.part,
+            self.work.part,
         ]
         for part in self.parts:
             part.tell = self._tell_of_failure
@@ -114,8 +117,9 @@ class Session:
             self._watch_process()
             self._watched = [known for known in self._watched if known() is not None] + [*map(_reference, new)]
         if any(thing is model for thing in new):
-            automatic.watch_model(model, self.timeline)
+            root = automatic.watch_model(model, self.timeline)
             self.experts.watch(model)
+            self.work.watch(model, root)
         if any(thing is optimizer for thing in new):
             automatic.watch_optimizer(optimizer, self.timeline, self._after_optimizer)
 
@@ -201,6 +205,8 @@ class Session:
             self._roots = None
             self._update_rank()
         timeline = self.timeline
+        if self.work.measured:
+            self.work.after_step(now)
         if now >= timeline.look_at:
             timeline.look_at = now + _COUNTERS_NS
             self._count(now)
@@ -234,6 +240,7 @@ class Session:
         self.recorder.row(self._counters[len(known) - 1], known, now)
         percent = self.recorder.control().backoff_pct or self._limit
         self.budget.look(percent / 100, now, timeline.steps, taken)
+        self.work.arm()
 
     def _profile_if_asked(self) -> None:
         control = self.recorder.control()

@@ -322,7 +322,7 @@ def test_an_error_ends_the_process_as_it_would_without_lens(rings: Path) -> None
     assert watched.stderr == plain.stderr
     (found,) = read_rings(rings)
     assert not found.closed
-    (event,) = found.events
+    (event,) = [event for event in found.events if event["kind"] == "process.error"]
     assert event["kind"] == "process.error"
     assert event["severity"] == "error"
     assert event["attrs"] == {"type": "ValueError", "message": "the user's own"}

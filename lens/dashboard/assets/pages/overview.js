@@ -2,7 +2,7 @@
 
 import { drawVerdict } from "../panels/verdict.js";
 import { replace } from "../core/dom.js";
-import { integer, quantity, rankName } from "../core/format.js";
+import { integer, percent, quantity, rankName } from "../core/format.js";
 import { tile } from "../panels/tile.js";
 import { tokenRate } from "../panels/lines.js";
 
@@ -13,13 +13,13 @@ export class Overview {
   }
 
   sources() {
-    return ["step.duration", "step.tokens", "train.loss"];
+    return ["step.duration", "step.tokens", "train.loss", "train.mfu"];
   }
 
   draw() {
     const { session } = this.app;
     drawVerdict(this.root.querySelector("#verdict"), session);
-    const tiles = [stepTime(session), throughput(session), loss(session), progress(session)];
+    const tiles = [stepTime(session), throughput(session), loss(session), ...utilisation(session), progress(session)];
     replace(this.root.querySelector("#numbers"), JSON.stringify(tiles), () => tiles.map(tile));
   }
 }
@@ -50,6 +50,15 @@ function throughput(session) {
   if (!known.length) return without(label, session, tokens, "no complete step yet");
   const mean = known.reduce((sum, rate) => sum + rate, 0) / known.length;
   return { label, value: quantity(mean, "{token}/s"), detail: `mean of the last${session.range ? " visible" : ""} ${known.length === 1 ? "step" : `${known.length} steps`}` };
+}
+
+/** Model FLOPs utilisation; a run whose cards have no known peak has no such tile. */
+function utilisation(session) {
+  const { matrix } = session.source("train.mfu");
+  const column = matrix ? matrix.newest() : -1;
+  if (column < 0) return [];
+  const { median } = matrix.reduce();
+  return [{ label: "MFU", value: percent(median[column], 3), detail: "median rank, of the card's dense peak" }];
 }
 
 function loss(session) {
