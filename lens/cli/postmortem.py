@@ -2,11 +2,13 @@
 
 DIR holds rings: a data folder (its newest run is taken), DATA/rings/RUN, or the live folder /dev/shm/lens-UID.
 Names the collective each rank entered last, who never came, the step and phase, and the rank to look at first.
+Of a rank that ran out of device memory it shows what the memory held then.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import deque
 from dataclasses import asdict
@@ -21,6 +23,8 @@ from lens.slots import COLLECTIVE, EVENT, PHASE, STEP, RingPart, iter_records
 
 HELP = "what each rank did last, from the rings it left behind"
 KINDS = {STEP: "step", PHASE: "phase", COLLECTIVE: "collective", EVENT: "event"}
+SHOWN_BLOCKS = 5
+"""Sizes of blocks shown of a rank that ran out of memory, those first that hold the most."""
 TAIL_PARTS = 2
 """How much of a ring is decoded, in readings of up to 16384 slots: the end of a long run is what matters."""
 
@@ -103,6 +107,7 @@ def _last_words(readers: list[RingReader], about: dict[str, Any], last: int) -> 
         "pid": about.get("pid"),
         "ended": _end(readers[0], about, bool(errors)),
         "error": errors[-1]["text"] if errors else None,
+        "out_of_memory": _out_of_memory(readers[0].path.parent),
         "error_ns": errors[-1]["t0"] if errors else None,
         "seen_ns": max((max(record["t0"], record.get("t1") or 0) for record in [*records, *spans]), default=0),
         "step": readers[0].last_step(),
@@ -126,6 +131,15 @@ def _tail(reader: RingReader) -> list[dict[str, Any]]:
     ]
 
 
+def _out_of_memory(directory: Path) -> list[dict[str, Any]]:
+    """What the device's memory held at each allocation that failed."""
+    found = []
+    for path in sorted(directory.glob("oom-*.json")):
+        with contextlib.suppress(OSError, ValueError):  # the rank may have died while it wrote
+            found.append(json.loads(path.read_text()))
+    return found
+
+
 def _end(reader: RingReader, about: dict[str, Any], failed: bool) -> str:
     """How the process ended, as far as the ring and this host can tell."""
     if reader.closed:
@@ -138,6 +152,8 @@ def _end(reader: RingReader, about: dict[str, Any], failed: bool) -> str:
 def _describe(
     about: dict[str, Any], ranks: list[dict[str, Any]], found: list[Wait], first: Suspects | None
 ) -> list[str]:
+    from lens.hooks.oom import sentence
+
     size = about.get("world_size")
     lines = [f"run {about.get('run')}: {len(ranks)} of {'n/a' if size is None else size} ranks left rings here"]
     if first:
@@ -149,6 +165,9 @@ def _describe(
         lines += ["", _state(rank)]
         if rank["error"]:
             lines.append(f"  its error: {rank['error']}")
+        for failed in rank["out_of_memory"]:
+            lines.append(f"  {sentence(failed)}")
+            lines += [f"    {_block(block)}" for block in failed["largest"][:SHOWN_BLOCKS]]
         call = rank["collective"]
         if call:
             state = "left it" if call["left"] else "never left it"
@@ -170,6 +189,11 @@ def _state(rank: dict[str, Any]) -> str:
     step = where if rank["step"] is not None else "before its first step"
     device = f", {rank['device']}" if rank["device"] else ""
     return f"rank {rank['rank']} ({rank['host']}{device}, process {rank['pid']}) {rank['ended']}: {step}"
+
+
+def _block(block: dict[str, Any]) -> str:
+    where = f", made at {block['where']}" if block["where"] else ""
+    return f"{block['count']} live blocks of {block['bytes'] / 2**20:.1f} MiB{where}"
 
 
 def _line(record: dict[str, Any]) -> str:

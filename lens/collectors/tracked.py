@@ -20,6 +20,8 @@ from lens.slots import EVENT, RingPart, iter_records
 OPEN_AFTER_NS = 1_000_000_000
 """A span still open is reported once it is this old."""
 POLL_SLOTS = 8192
+KEPT = ("*.ring", "about.json", "oom-*.json")
+"""What of a ring directory is copied when the run has ended."""
 _REMOVED_PREFIX = ".done-"
 _COPY_BLOCK = 64 * 1024
 
@@ -189,7 +191,7 @@ class TrackedProcess:
             OSError: the folder cannot be written.
         """
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for source in [*self.directory.glob("*.ring"), *self.directory.glob("about.json")]:
+        for source in [path for name in KEPT for path in self.directory.glob(name)]:
             _copy_sparse(source, target / source.name)
 
     def remove(self) -> None:

@@ -35,16 +35,23 @@ class Memory:
             return
         try:
             if torch.cuda.is_initialized():
-                self._record(torch.cuda.memory_stats_as_nested_dict(), now, step)
+                self._record(read_statistics(), now, step)
         except Exception as error:
             self.part.fail(error)
 
-    def _record(self, statistics: dict[str, Any], now: int, step: int) -> None:
-        found = {metric: _at(statistics, path) for metric, path in STATISTICS.items()}
-        known = {metric: float(value) for metric, value in found.items() if value is not None}
+    def _record(self, known: dict[str, float], now: int, step: int) -> None:
         if known:
             columns = self._recorder.intern(COLUMN_SEPARATOR.join(known))
             self._recorder.row(columns, tuple(known.values()), now, step)
+
+
+def read_statistics(device: int | None = None) -> dict[str, float]:
+    """Those of the statistics that this torch has, of one device or of the one in use."""
+    torch: Any = sys.modules["torch"]
+    of = () if device is None else (device,)
+    held = torch.cuda.memory_stats_as_nested_dict(*of)
+    found = {metric: _at(held, path) for metric, path in STATISTICS.items()}
+    return {metric: float(value) for metric, value in found.items() if value is not None}
 
 
 def _at(statistics: Any, path: tuple[str, ...]) -> Any:

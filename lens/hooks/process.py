@@ -120,7 +120,7 @@ def watch_collector(timeline: Timeline) -> Part:
     return part
 
 
-def watch_errors(recorder: Recorder, timeline: Timeline, on_error: Callable[[], None]) -> Part:
+def watch_errors(recorder: Recorder, timeline: Timeline, on_error: Callable[[BaseException], None]) -> Part:
     """Record the exception that ends the process, before Python prints it."""
     part = Part("errors")
     before = sys.excepthook
@@ -128,7 +128,7 @@ def watch_errors(recorder: Recorder, timeline: Timeline, on_error: Callable[[], 
     def note(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         if part.on:
             try:
-                on_error()
+                on_error(error)
                 attributes = {"type": kind.__name__, "message": str(error)[:2000]}
                 text = f"{kind.__name__}: {error}"[:500]
                 recorder.event("process.error", text, "error", step=timeline.step, attrs=attributes)

@@ -16,6 +16,7 @@ from lens.hooks.guard import Part
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
 from lens.hooks.profiling import Profiling
+from lens.hooks.oom import OutOfMemory
 from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, timeline_of
 from lens.hooks.values import Values
@@ -52,6 +53,7 @@ class Session:
         self.experts = Experts(self.timeline, self.values)
         self.memory = Memory(self.recorder)
         self.profiling = Profiling(self.recorder, self.timeline, settings)
+        self.out_of_memory = OutOfMemory(self.recorder, self.timeline)
         self.work = WorkDone(self.recorder, self.timeline)
         self.unprepared = False
         """Whether the training has no line of lens in it so far."""
@@ -77,6 +79,7 @@ class Session:
             self.experts.part,
             self.memory.part,
             self.profiling.part,
+            self.out_of_memory.part,
             self.work.part,
         ]
         for part in self.parts:
@@ -93,7 +96,10 @@ class Session:
     def install(self) -> None:
         """Patch what is the same for every model."""
         torch = sys.modules.get("torch")
-        if torch is None or not torch.distributed.is_available():
+        if torch is None:
+            return
+        self.out_of_memory.install()
+        if not torch.distributed.is_available():
             return
         # One of the two sees a collective, never both.
         sees_all = self._native and self.observer.install()
@@ -287,8 +293,9 @@ class Session:
         if any(self.recorder.about.get(key) != value for key, value in known.items()):
             self.recorder.describe(**known)
 
-    def _ends_in_error(self) -> None:
+    def _ends_in_error(self, error: BaseException) -> None:
         self.clean = False
+        self.out_of_memory.ends_with(error)
 
 
 def _reference(thing: Any) -> Callable[[], Any]:
