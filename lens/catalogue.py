@@ -229,6 +229,7 @@ infer.kv_cache.usage|1|g||+|Keys and values, of their capacity
 infer.queue.depth|{request}|g||+|Requests queued
 infer.batch.tokens|{token}|g|kind||Tokens of one forward pass
 infer.batch.size|{request}|g|||Requests of one forward pass
+infer.expert.tokens|{token}|v|layer,kind||Tokens the router sends to each expert in the prefill or decode of one request
 infer.preemptions|{event}|c||+|Requests put back
 infer.speculative.accepted|1|g||-|Drafted tokens that were accepted
 """,

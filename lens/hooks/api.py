@@ -177,6 +177,34 @@ def profile(steps: int = 2) -> None:
         session.profiling.part.fail(error)
 
 
+def request(
+    model: str = "model",
+    *,
+    prompt_tokens: int | None = None,
+    batch: int | None = None,
+    queue_s: float | None = None,
+) -> AbstractContextManager[Any]:
+    """One request of a server written by hand, as a ``with`` block that gives an object to tell it by.
+
+    Its ``token(count=1)`` says that tokens of each sequence have been made, its ``cache(past_key_values)`` measures keys
+    and values. ``generate`` of a watched model is recorded without it.
+
+    Args:
+        model: whose requests these are.
+        prompt_tokens: of all sequences of the batch together.
+        batch: sequences worked on together.
+        queue_s: seconds from its arrival to this block.
+    """
+    session = _session
+    if session is None:
+        return _UNTOLD
+    try:
+        return session.requests().request(model, prompt_tokens, batch, queue_s)
+    except Exception as error:
+        warn(f"a request is not recorded ({type(error).__name__}: {error})")
+        return _UNTOLD
+
+
 def detach() -> None:
     """Stop recording and put back everything that was patched."""
     global _session
@@ -213,6 +241,25 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+
+
+class _Untold:
+    """A request that is not recorded."""
+
+    def __enter__(self) -> _Untold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def token(self, count: int = 1) -> None:
+        """Nothing is told."""
+
+    def cache(self, past_key_values: Any) -> None:
+        """Nothing is told."""
+
+
+_UNTOLD = _Untold()
 
 
 class _Waits:

@@ -75,6 +75,8 @@ class Experts:
         self._passed_over = (timeline.phase_id("backward"), timeline.phase_id("eval"))
         self.counted: dict[tuple[int, Any], _Table] = {}
         """Number of experts and device -> counts of this step."""
+        self.diverted: dict[tuple[int, Any], _Table] | None = None
+        """Counts of what routers return outside the forward pass of a step, while a request is worked on."""
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._rows = 0
 
@@ -98,8 +100,12 @@ class Experts:
             meanings: what was found in outputs of this router, by their form; bounded here.
         """
         timeline = self._timeline
+        tables = self.counted
         if not self.part.on or not timeline.here() or timeline.step == NULL or timeline.phase in self._passed_over:
-            return
+            diverted = self.diverted
+            if diverted is None or not self.part.on:
+                return
+            tables = diverted
         began = _clock()
         try:
             form = _form(output)
@@ -111,7 +117,7 @@ class Experts:
                 meaning = meanings[form] = _meaning(output, router)
             if meaning is not None:
                 kind, place, experts = meaning
-                self._add(router, row, kind, output if place < 0 else output[place], experts)
+                self._add(tables, router, row, kind, output if place < 0 else output[place], experts)
         except Exception as error:
             self.part.fail(error)
         timeline.spent_on_experts += _clock() - began
@@ -130,11 +136,13 @@ class Experts:
         if not self.part.gone:
             self.part.switch_off()
 
-    def _add(self, router: Router, row: int, kind: str, tensor: Any, experts: int) -> None:
+    def _add(
+        self, tables: dict[tuple[int, Any], _Table], router: Router, row: int, kind: str, tensor: Any, experts: int
+    ) -> None:
         key = (experts, tensor.device)
-        table = self.counted.get(key)
+        table = tables.get(key)
         if table is None or row >= len(table.rows):
-            table = self.counted[key] = _Table(self._rows, experts, tensor.device)
+            table = tables[key] = _Table(self._rows, experts, tensor.device)
             self._timeline.errands = True
         table.layers[row] = router.layer
         counts = table.rows[row]

@@ -40,6 +40,15 @@ class StandIn:
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._owner, self._attribute)
 
+    def look_again(self) -> None:
+        """Stand in for what is there now; only while this is not in place."""
+        self.before = vars(self._owner).get(self._attribute, _MISSING)
+        self._original = getattr(self._owner, self._attribute)
+
+    def is_gone(self) -> bool:
+        """Whether what was there before is back; else somebody has wrapped this, and calls it."""
+        return vars(self._owner).get(self._attribute, _MISSING) is self.before
+
     def put(self) -> Callable[[], None]:
         """Take the method's place; returns what gives it back. That one keeps neither the instance nor us alive."""
         setattr(self._owner, self._attribute, self)

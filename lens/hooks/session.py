@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens.hooks import automatic, native, process
 from lens.hooks.budget import Budget, Thinned
@@ -15,8 +15,8 @@ from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
-from lens.hooks.profiling import Profiling
 from lens.hooks.oom import OutOfMemory
+from lens.hooks.profiling import Profiling
 from lens.hooks.roots import RootSearch, watch_every_optimizer
 from lens.hooks.timeline import Phase, timeline_of
 from lens.hooks.values import Values
@@ -24,6 +24,9 @@ from lens.hooks.work import WorkDone
 from lens.recorder import Recorder
 from lens.settings import Settings
 from lens.slots import COLUMN_SEPARATOR
+
+if TYPE_CHECKING:
+    from lens.hooks.requests import Requests
 
 COUNTERS = ("process.gc.time", "lens.overhead.ratio")
 _COUNTERS_NS = 1_000_000_000
@@ -55,6 +58,9 @@ class Session:
         self.profiling = Profiling(self.recorder, self.timeline, settings)
         self.out_of_memory = OutOfMemory(self.recorder, self.timeline)
         self.work = WorkDone(self.recorder, self.timeline)
+        self._requests: Requests | None = None
+        self.trains = False
+        """Whether an optimizer is watched, or any that comes."""
         self.unprepared = False
         """Whether the training has no line of lens in it so far."""
         self.phases: dict[tuple[str, int | None], Phase] = {}
@@ -126,12 +132,27 @@ class Session:
             root = automatic.watch_model(model, self.timeline)
             self.experts.watch(model)
             self.work.watch(model, root)
+            if callable(getattr(model, "generate", None)):
+                from lens.hooks.inference import watch_generate
+
+                watch_generate(model, self.requests())
         if any(thing is optimizer for thing in new):
+            self.trains = True
             automatic.watch_optimizer(optimizer, self.timeline, self._after_optimizer)
+
+    def requests(self) -> Requests:
+        """What records requests: made when a model that generates is watched, or a request is told by hand."""
+        if self._requests is None:
+            from lens.hooks.requests import Requests
+
+            self._requests = Requests(self.recorder, self.timeline, self.values, self.experts, lambda: self.trains)
+            self._requests.part.tell = self._tell_of_failure
+            self.parts.append(self._requests.part)
+        return self._requests
 
     def watch_unprepared(self) -> None:
         """Find models and optimizers by themselves."""
-        self.unprepared = True
+        self.unprepared = self.trains = True
         self._watch_process()
         watch_every_optimizer(self.timeline, self._after_optimizer)
         self._search_roots()
@@ -144,7 +165,7 @@ class Session:
 
     def watch_running(self) -> None:
         """Find models and optimizers by themselves, from the end of the step that is under way on."""
-        self.unprepared = True
+        self.unprepared = self.trains = True
         self.timeline.part.on = False
 
         def arrive() -> None:

@@ -1,0 +1,316 @@
+"""Requests of models that generate: what is recorded equals a count by hand, and what is generated is the same."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import lens
+from lens.hooks import inference, requests
+from lens.hooks.kv_cache import kv_bytes
+from lens.slots import SPAN, VECTOR
+from tests.hooks.ringside import Recorded
+
+Watch = Callable[..., None]
+Read = Callable[[], Recorded]
+MS = 1_000_000
+PREFILL_MS, DECODE_MS = 7, 2
+BATCH, PROMPT, NEW, LAYERS, HEADS, SIZE, EXPERTS, CHOSEN = 2, 9, 5, 2, 2, 8, 4, 2
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k = CHOSEN
+        self.gate = nn.Linear(HEADS * SIZE, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(HEADS * SIZE, HEADS * SIZE) for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(CHOSEN, -1)
+        shares = torch.zeros(*x.shape[:-1], EXPERTS).scatter(-1, chosen, weights)
+        return sum(expert(x) * shares[..., number, None] for number, expert in enumerate(self.experts))
+
+
+class Generator(nn.Module):
+    """Generates greedily and keeps keys and values, as (key, value) tensors a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, HEADS * SIZE)
+        self.layers = nn.ModuleList(Mixture() for _ in range(LAYERS))
+        self.head = nn.Linear(HEADS * SIZE, 64, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> dict[str, Any]:
+        x = self.embedding(input_ids)
+        past = past_key_values or [None] * LAYERS
+        kept = []
+        for layer, held in zip(self.layers, past, strict=True):
+            x = x + layer(x)
+            states = x.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+            kept.append(tuple(states if held is None else torch.cat([part, states], 2) for part in held or (0, 0)))
+        return {"logits": self.head(x[:, -1:]), "past_key_values": kept}
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        given, cache = input_ids, None
+        for _ in range(max_new_tokens):
+            output = self(given, past_key_values=cache)
+            cache, given = output["past_key_values"], output["logits"].argmax(-1)
+            input_ids = torch.cat([input_ids, given], 1)
+        return input_ids
+
+
+def of_transformers(window: int | None) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=HEADS, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, sliding_window=window,
+        eos_token_id=None,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The time that the hook reads: it goes on in forward passes only."""
+    time = [1000 * MS]
+    monkeypatch.setattr(requests, "_clock", lambda: time[0])
+    return time
+
+
+def takes_time(head: nn.Module, now: list[int]) -> None:
+    """Let a prefill take 7 ms and a decode 2 ms."""
+    passes = [0]
+
+    def go_on(*_: Any) -> None:
+        now[0] += MS * (DECODE_MS if passes[0] % NEW else PREFILL_MS)
+        passes[0] += 1
+
+    head.register_forward_hook(go_on)
+
+
+def routed(gates: list[nn.Module]) -> list[list[torch.Tensor]]:
+    """What each gate chooses at each call from now on."""
+    seen: list[list[torch.Tensor]] = [[] for _ in gates]
+    for gate, calls in zip(gates, seen, strict=True):
+
+        def note(_: Any, __: Any, output: Any, calls: list[torch.Tensor] = calls) -> None:
+            chosen = output.topk(CHOSEN, -1).indices if isinstance(output, torch.Tensor) else output[-1]
+            calls.append(torch.bincount(chosen.flatten(), minlength=EXPERTS))
+
+        gate.register_forward_hook(note)
+    return seen
+
+
+def spans(found: Recorded, kind: str) -> list[dict[str, Any]]:
+    return [span for span in found.of(SPAN) if span["kind"] == kind]
+
+
+MODELS: dict[str, tuple[Callable[[], Any], int]] = {
+    "written by hand": (Generator, PROMPT + NEW - 1),
+    "transformers": (lambda: of_transformers(None), PROMPT + NEW - 1),
+    "transformers, sliding window": (lambda: of_transformers(6), 5),  # the newest key is not among those kept
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=list(MODELS))
+def generating(request: pytest.FixtureRequest, now: list[int]) -> tuple[Any, int]:
+    """A model that generates, and how many keys it keeps of each sequence."""
+    make, kept = request.param
+    if make is not Generator and importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs transformers")
+    torch.manual_seed(0)
+    model = make()
+    takes_time(model.head if make is Generator else model.lm_head, now)
+    return model, kept
+
+
+def test_a_generation_is_recorded_as_counted_by_hand_and_is_the_same(
+    generating: tuple[Any, int],
+    watch: Watch,
+    recorded: Read,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model, kept = generating
+    ids = torch.randint(3, 64, (BATCH, PROMPT))
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    plain = model.generate(ids, max_new_tokens=NEW)
+    before, attributes = capfd.readouterr().err, set(vars(model))
+    watch(model)
+    seen = routed(gates)
+    assert torch.equal(model.generate(ids, max_new_tokens=NEW), plain)
+    assert torch.equal(model.generate(ids, max_new_tokens=NEW), plain)
+    found = recorded()
+    assert set(vars(model)) == attributes
+    assert capfd.readouterr().err in ("", before)
+    assert found.steps == []
+    for metric, value in {
+        "infer.request.ttft": PREFILL_MS / 1e3,
+        "infer.request.tpot": DECODE_MS / 1e3,
+        "infer.request.duration": (PREFILL_MS + (NEW - 1) * DECODE_MS) / 1e3,
+        "infer.kv_cache.bytes": LAYERS * 2 * BATCH * HEADS * SIZE * kept * 4,
+        "infer.batch.size": BATCH,
+        "infer.requests.running": 0,
+    }.items():
+        assert [number for _, number in found.values(metric)] == pytest.approx([value, value]), metric
+    assert [number for _, number in found.values("infer.tokens.prompt")] == [BATCH * PROMPT, 2 * BATCH * PROMPT]
+    assert [number for _, number in found.values("infer.tokens.generated")] == [BATCH * NEW, 2 * BATCH * NEW]
+    request = spans(found, "request")[0]
+    assert (request["attrs"]["prompt_tokens"], request["attrs"]["output_tokens"]) == (BATCH * PROMPT, NEW)
+    stages = [
+        (span["name"], span["t1"] - span["t0"], span["attrs"]["passes"]) for span in spans(found, "inference")
+    ]
+    assert stages[:2] == [("prefill", PREFILL_MS * MS, 1), ("decode", (NEW - 1) * DECODE_MS * MS, NEW - 1)]
+    tokens = {
+        (vector["labels"], vector["layer"]): list(vector["values"])
+        for vector in found.of(VECTOR)
+        if vector["metric"] == "infer.expert.tokens"
+    }
+    for layer, calls in enumerate(seen):
+        assert tokens['{"kind":"prefill"}', layer] == calls[0].tolist()
+        assert tokens['{"kind":"decode"}', layer] == sum(calls[1:NEW]).tolist()
+
+
+def test_a_server_written_by_hand_tells_its_requests(watch: Watch, recorded: Read, now: list[int]) -> None:
+    watch()
+    with lens.request("mine", prompt_tokens=30, batch=1, queue_s=0.25) as outer:
+        now[0] += 40 * MS
+        outer.token()
+        with lens.request("mine", prompt_tokens=4) as inner:
+            now[0] += 5 * MS
+            inner.token()
+        now[0] += 15 * MS
+        outer.token(2)
+        outer.cache([(torch.zeros(1, 2, 30, 8), torch.zeros(1, 2, 30, 8, dtype=torch.float16))])
+    found = recorded()
+    assert [value for _, value in found.values("infer.request.ttft")] == pytest.approx([0.005, 0.040])
+    assert [value for _, value in found.values("infer.request.tpot")] == pytest.approx([0.010])
+    assert [value for _, value in found.values("infer.request.queue_time")] == [0.25]
+    assert [value for _, value in found.values("infer.requests.running")] == [1, 0]
+    assert [value for _, value in found.values("infer.kv_cache.bytes")] == [2 * 30 * 8 * (4 + 2)]
+    assert spans(found, "request")[1]["attrs"]["queue_ns"] == 250 * MS
+
+
+def test_a_request_that_fails_is_not_recorded_and_its_exception_is_its_own(watch: Watch, recorded: Read) -> None:
+    model, error = Generator(), KeyError("mine")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    watch(model)
+    timed = vars(model)["forward"]
+    handle = model.head.register_forward_hook(fail)
+    with pytest.raises(KeyError) as caught:
+        model.generate(torch.ones(1, 3, dtype=torch.long), 2)
+    assert caught.value is error
+    assert vars(model)["forward"] is timed
+    handle.remove()
+    with pytest.raises(KeyError), lens.request():
+        raise error
+    model.generate(torch.ones(1, 3, dtype=torch.long), 2)
+    found = recorded()
+    assert len(spans(found, "request")) == 1
+    assert [value for _, value in found.values("infer.requests.running")] == [0]
+
+
+def test_an_error_of_the_hook_costs_the_record_and_nothing_else(
+    watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Any) -> int:
+        raise RuntimeError("unheard of")
+
+    torch.manual_seed(0)
+    model, ids = Generator(), torch.ones(1, 3, dtype=torch.long)
+    plain = model.generate(ids, 3)
+    monkeypatch.setattr(requests, "kv_bytes", broken)
+    watch(model)
+    assert torch.equal(model.generate(ids, 3), plain)
+    assert torch.equal(model.generate(ids, 3), plain)
+    assert "requests are no longer recorded, training goes on" in capfd.readouterr().err
+    assert set(vars(model)) - {"forward"} == set(vars(Generator()))
+    assert spans(recorded(), "request") == []
+
+
+def test_generating_between_training_steps_leaves_their_records_as_they_were(watch: Watch, recorded: Read) -> None:
+    model = Generator()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch(model, optimizer)
+    for _ in range(2):
+        model.generate(torch.ones(1, 3, dtype=torch.long), 3)
+        model(torch.ones(2, 4, dtype=torch.long))["logits"].sum().backward()
+        optimizer.step()
+    found = recorded()
+    assert [step["step"] for step in found.steps] == [0, 1]
+    assert {phase["name"] for phase in found.phases} == {"forward", "backward", "optimizer", "eval"}
+    assert [sum(vector["values"]) for vector in found.vectors] == [2 * 4 * CHOSEN] * 4
+    assert len(spans(found, "request")) == 2
+
+
+def test_a_forward_that_is_wrapped_while_generating_is_left_to_whoever_wrapped_it(
+    watch: Watch, recorded: Read
+) -> None:
+    model, ids = Generator(), torch.ones(1, 3, dtype=torch.long)
+    watch(model)
+    calls = []
+
+    def wrap(*_: Any) -> None:
+        handle.remove()
+        inner = model.forward
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        model.forward = wrapper  # type: ignore[method-assign]
+
+    handle = model.embedding.register_forward_hook(wrap)
+    for _ in range(3):
+        model.generate(ids, 3)
+    assert len(calls) == 2 + 3 + 3
+    assert len(spans(recorded(), "request")) == 3
+
+
+def test_on_a_device_moments_are_compared_once_they_have_passed(
+    watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Event:
+        made: ClassVar[list[Event]] = []
+        ready = False
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = 10.0 * len(self.made)
+            self.made.append(self)
+
+        def query(self) -> bool:
+            return Event.ready
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(inference, "_on_device", lambda _: True)
+    model = Generator()
+    watch(model)
+    model.generate(torch.ones(1, 3, dtype=torch.long), 3)
+    assert len(Event.made) == 4
+    Event.ready = True
+    found = recorded()
+    assert [value for _, value in found.values("infer.request.ttft")] == pytest.approx([0.010])
+    assert [value for _, value in found.values("infer.request.tpot")] == pytest.approx([0.010])
+
+
+def test_what_is_kept_is_read_from_any_cache() -> None:
+    quantised = SimpleNamespace(layers=[SimpleNamespace(_quantized_keys=None, keys=None, values=None)])
+    assert kv_bytes(()) == 0
+    assert kv_bytes(quantised) is None
+    assert kv_bytes(object()) is None
