@@ -66,6 +66,10 @@ class Settings:
     """Whether the hook may load, and the agent build, what is compiled for this torch (`lens doctor --build`)."""
     disabled: bool = False
     """Kill switch: every call of the hook does nothing."""
+    alert_webhook: str | None = None
+    """URL that the server posts a JSON object to when something begins to hold a run back, and when it is over."""
+    device_hour_price: str | None = None
+    """What an hour of a card costs, such as ``2.5 USD``, or ``H200 4.1, MI300X 3.2 USD`` by card model."""
     simulate: str | None = None
     """Cards that the agent simulates on its host, such as ``H200:2``; every sample of them says so."""
 

@@ -14,6 +14,9 @@ from typing import Any
 from lens.cli.errors import DONE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 from lens.cli.reader import choose_run, open_reader
+from lens.settings import Settings
+
+Price = dict[str, Any] | None
 
 HELP = "what holds a run back, and what to do"
 
@@ -28,27 +31,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the verdict."""
-    path = Path(arguments.run)
-    reply = (
-        _of_file(path, arguments.upto_step)
+    path, settings = Path(arguments.run), settings_of(arguments)
+    reply, price = (
+        _of_file(path, settings, arguments.upto_step)
         if path.is_file() or path.suffix in (".ndjson", ".gz")
-        else _of_run(arguments)
+        else _of_run(arguments.run, settings, arguments.upto_step)
     )
-    print(json.dumps(reply, ensure_ascii=False) if arguments.json else describe(reply))
+    print(json.dumps(reply, ensure_ascii=False) if arguments.json else describe(reply, price))
     return DONE
 
 
-def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    reader = open_reader(settings_of(arguments))
+def _of_run(name: str, settings: Settings, upto_step: int | None) -> tuple[dict[str, Any], Price]:
+    reader = open_reader(settings)
     try:
-        return reader.diagnosis(choose_run(reader, arguments.run), arguments.upto_step)
+        from lens.store.prices import Prices
+
+        run = choose_run(reader, name)
+        about = reader.run(run)
+        price = about.get("device_hour_price") or Prices.parse(settings.device_hour_price).of(about["ranks"])
+        return reader.diagnosis(run, upto_step), price
     finally:
         reader.close()
 
 
-def _of_file(path: Path, upto_step: int | None) -> dict[str, Any]:
+def _of_file(path: Path, settings: Settings, upto_step: int | None) -> tuple[dict[str, Any], Price]:
     try:
         from lens.diagnosis import diagnose
+        from lens.store.prices import Prices
         from lens.tables import Tables
     except ImportError as error:
         raise missing_extra(error, "server") from error
@@ -58,10 +67,11 @@ def _of_file(path: Path, upto_step: int | None) -> dict[str, Any]:
         raise CommandError(
             f"{path} cannot be used: {error}", "give a file of records, one JSON object a line", UNUSABLE
         ) from error
-    return diagnose(known, tables, upto_step)
+    price = Prices.parse(settings.device_hour_price).of((known or {}).get("ranks") or [])
+    return diagnose(known, tables, upto_step), price
 
 
-def describe(reply: dict[str, Any]) -> str:
+def describe(reply: dict[str, Any], price: Price = None) -> str:
     """The verdict for people: a headline, then each cause with cost, evidence, look-alikes and advice."""
     coverage = reply["coverage"]
     lines = [
@@ -70,6 +80,8 @@ def describe(reply: dict[str, Any]) -> str:
     ]
     for hypothesis in reply["hypotheses"]:
         lines += ["", headline(hypothesis)]
+        if hypothesis["lost_device_hours"]:
+            lines.append(f"  so far: {_lost(hypothesis['lost_device_hours'], price)}")
         for item in hypothesis["evidence"]:
             lines.append(f"  why: {item['metric']} {_number(item['observed'])}, else {_number(item['baseline'])}")
         for item in hypothesis["against"]:
@@ -88,6 +100,13 @@ def headline(hypothesis: dict[str, Any]) -> str:
         f"{hypothesis['cause']} · {where} · since step {_shown(hypothesis['onset_step'])} · "
         f"{'cost n/a' if cost is None else f'costs {cost:.0f} % of step time'} · "
         f"confidence {hypothesis['confidence']:.2f}"
+    )
+
+
+def _lost(device_hours: float, price: Price) -> str:
+    amount, unit = (device_hours, "hours") if device_hours >= 0.1 else (device_hours * 3600, "seconds")
+    return f"{amount:.3g} device {unit}" + (
+        "" if price is None else f", {device_hours * price['amount']:.2f} {price['currency']}"
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
@@ -14,11 +17,14 @@ from starlette.routing import Match
 from lens.settings import Settings
 from lens.store import ingest, live, reads
 from lens.store.access import Access, Guard, guard_of, token_of
+from lens.store.alerts import Alerts
 from lens.store.bridges import route as bridges
 from lens.store.export import route as export
 from lens.store.folder import DataFolder, Limits
 from lens.store.ingest import Ingest
 from lens.store.live import LiveFeed
+from lens.store.ownership import read_server
+from lens.store.prices import Prices
 from lens.store.query import Query
 from lens.store.replies import error_reply, install_error_handlers, json_reply
 from lens.store.sql import route as sql
@@ -26,6 +32,7 @@ from lens.store.tokens import Tokens
 from lens.store.upkeep import route as upkeep
 from lens.store.upkeep.keeper import Upkeep
 from lens.store.verdicts import Verdicts
+from lens.store.webhook import Webhook
 from lens.store.worker import DiagnosisWorker
 
 _ROUTERS = (ingest.router, reads.router, sql.router, export.router, live.router, bridges.router, upkeep.router)
@@ -47,7 +54,10 @@ def create_app(
 
     Raises:
         StoreError: the token file cannot be kept.
+        SettingsError: a price or the webhook's URL cannot be used.
     """
+    prices = Prices.parse(settings.device_hour_price)
+    webhook = Webhook(settings.alert_webhook, partial(_page_of, settings.data)) if settings.alert_webhook else None
     rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts, Tokens(settings.data))
 
     @asynccontextmanager
@@ -57,17 +67,22 @@ def create_app(
             folder = await anyio.to_thread.run_sync(DataFolder, settings.data, limits)
         worker = DiagnosisWorker()
         app.state.folder, app.state.live = folder, LiveFeed()
-        app.state.query = Query(folder, worker.evaluate)
-        verdicts = Verdicts(app.state.query, app.state.live)
+        app.state.query = Query(folder, worker.evaluate, prices)
+        alerts = Alerts(settings.data, [webhook] if webhook else [])
+        verdicts = Verdicts(app.state.query, app.state.live, alerts)
         app.state.ingest = Ingest(folder, app.state.live, verdicts)
         app.state.recent = bridges.Recent()
         app.state.upkeep = keeper = Upkeep(folder)
         keeper.start()
         verdicts.start()
+        if webhook:
+            webhook.start()
         try:
             yield
         finally:
             verdicts.stop()
+            if webhook:
+                webhook.stop()
             worker.close()
             await anyio.to_thread.run_sync(keeper.stop)
             await anyio.to_thread.run_sync(folder.close)
@@ -82,6 +97,12 @@ def create_app(
     app.add_api_route("/api/{path:path}", _unknown, methods=_ALL_METHODS, include_in_schema=False)
     app.add_middleware(Access, guard=rules)
     return app
+
+
+def _page_of(data: Path, run: str) -> str | None:
+    """Where a run's page is, as this server said of itself."""
+    served = read_server(data)
+    return f"{served['url']}/run/{quote(run)}" if served else None
 
 
 def _health(request: Request) -> Response:

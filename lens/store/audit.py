@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lens.store.errors import StoreError
+from lens.store.lines import add_line
 
 FILE = "audit.ndjson"
 
@@ -27,14 +27,9 @@ class Audit:
         Raises:
             StoreError: it cannot be written.
         """
-        line = json.dumps({"t_ns": time.time_ns(), "who": who, "action": action, **about}) + "\n"
         try:
             with self._lock:
-                handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-                with os.fdopen(handle, "ab") as file:
-                    file.write(line.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
+                add_line(self._path, {"t_ns": time.time_ns(), "who": who, "action": action, **about}, sync=True)
         except OSError as error:
             raise StoreError(
                 f"the audit log {self._path} cannot be written: {error}", "free the disk, try again"

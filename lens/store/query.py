@@ -23,6 +23,7 @@ from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
 from lens.store.history import ForgottenError, Histories, Update
 from lens.store.now import now_of
+from lens.store.prices import Prices
 from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, OWN_TIME, PHASE_DURATION, Selection, has_own_time
 from lens.store.runs import Run
@@ -48,8 +49,8 @@ class Query:
     acknowledged records have not reached the database in time.
     """
 
-    def __init__(self, folder: DataFolder, evaluate: Evaluate | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: DataFolder, evaluate: Evaluate | None = None, prices: Prices | None = None) -> None:
+        self._folder, self._prices = folder, prices or Prices()
         self._charts = Charts(folder.store, folder.registry)
         self._evaluate = evaluate or Histories().evaluate
         self._judging: dict[str, threading.Lock] = {}
@@ -86,13 +87,14 @@ class Query:
         return [self._summary(run) for run in self._folder.registry.runs()]
 
     def run(self, run: str) -> dict[str, Any]:
-        """One run: its summary and ranks, groups, experts, config, data_versions, metrics and drops."""
+        """One run: its summary and ranks, groups, experts, config, data_versions, device_hour_price, metrics, drops."""
         known = self._settled(run)
         progress = self._folder.registry.progress(known.number)
         return {
             **self._summary(known),
             "ranks": known.described.get("ranks") or [],
             **{key: known.described.get(key) or {} for key in ("groups", "experts", "config", "data_versions")},
+            "device_hour_price": self._prices.of(known.described.get("ranks") or []),
             "metrics": self._metrics(known),
             "drops": {"lost_slots": progress.lost_slots, "rejected": progress.rejected},
         }

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from lens.store.alerts import Alerts
 from lens.store.errors import StoreError
 from lens.store.live import LiveFeed
 from lens.store.query import Query
@@ -18,10 +19,10 @@ SHARE = 5.0
 
 
 class Verdicts:
-    """A thread that evaluates runs marked as changed, and hands verdict and ledger to the live feed."""
+    """A thread that evaluates runs marked as changed, hands verdict and ledger to the live feed, and raises alerts."""
 
-    def __init__(self, query: Query, live: LiveFeed) -> None:
-        self._query, self._live = query, live
+    def __init__(self, query: Query, live: LiveFeed, alerts: Alerts) -> None:
+        self._query, self._live, self._alerts = query, live, alerts
         self._due: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         self._changed = threading.Condition()
@@ -64,7 +65,9 @@ class Verdicts:
         while (run := self._next()) is not None:
             began = time.monotonic()
             try:
-                self._live.publish_diagnosis(run, *self._query.verdict(run))
+                diagnosis, ledger = self._query.verdict(run)
+                self._live.publish_diagnosis(run, diagnosis, ledger)
+                self._alerts.update(run, diagnosis)
             except StoreError as error:
                 if not self._stopping:
                     logger.warning("no verdict on run %s: %s", run, error)

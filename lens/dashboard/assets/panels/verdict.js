@@ -63,7 +63,7 @@ function calm(status, { diagnosis, meta, lastStep }) {
 function finding({ best, rivals }, meta) {
   return [
     element("h2", {}, `${sentence(best)}${when(best)}.`),
-    element("p", { class: "lens-cost" }, ...cost(best)),
+    element("p", { class: "lens-cost" }, ...cost(best, meta)),
     element("div", { class: "lens-do" }, element("h3", {}, "What to do"), element("p", {}, best.recommendation || "n/a: no recommendation is known for this cause.")),
     element(
       "div",
@@ -84,7 +84,7 @@ function known(value) {
   return value !== null && value !== undefined;
 }
 
-function cost({ slowdown_pct: slowdown, lost_seconds_per_step: perStep, lost_device_hours: hours, what_if: whatIf }) {
+function cost({ slowdown_pct: slowdown, lost_seconds_per_step: perStep, lost_device_hours: hours, what_if: whatIf }, meta) {
   const parts = [];
   if (known(slowdown)) parts.push("It makes each step ", element("b", {}, `${number(slowdown, 3)}\u00a0% longer`), known(perStep) ? ` (${quantity(perStep, "s")} lost per step)` : "", ".");
   else if (known(perStep)) parts.push("It costs ", element("b", {}, quantity(perStep, "s")), " per step.");
@@ -92,8 +92,16 @@ function cost({ slowdown_pct: slowdown, lost_seconds_per_step: perStep, lost_dev
   if (known(whatIf?.step_seconds_now) && known(whatIf?.step_seconds_if_fixed)) {
     parts.push(" Fixed, a step would take ", element("b", {}, quantity(whatIf.step_seconds_if_fixed, "s")), ` instead of ${quantity(whatIf.step_seconds_now, "s")}.`);
   }
-  if (known(hours) && hours > 0) parts.push(` So far it has cost ${hours >= 0.1 ? `${number(hours, 2)} device hours` : `${number(hours * 3600, 2)} device seconds`}.`);
+  if (known(hours) && hours > 0) parts.push(` So far it has cost ${hours >= 0.1 ? `${number(hours, 2)} device hours` : `${number(hours * 3600, 2)} device seconds`}${money(hours, meta)}.`);
   return parts.filter((part) => part !== "");
+}
+
+/** " (12.40 USD)" where the server knows what an hour of these cards costs. */
+function money(hours, meta) {
+  const price = meta?.device_hour_price;
+  if (!price) return "";
+  const amount = hours * price.amount;
+  return ` (${amount >= 0.01 ? amount.toFixed(2) : "less than 0.01"}\u00a0${price.currency})`;
 }
 
 function evidence({ evidence: measured = [] }, meta) {
