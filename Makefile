@@ -41,8 +41,8 @@ prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server 
 prove-attach: $(DEV) ## what an attach is refused for, in which words and how soon (1 minute)
 	@$(BIN)/python benchmarks/attach_refusals.py --out docs/proofs/attach_refusals.md $(ARGS)
 
-prove-selftest: $(DEV) ## 322 faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (5 minutes)
-	@$(BIN)/lens selftest --cases 322 --healthy-steps 20000 --seed 1 $(ARGS)
+prove-selftest: $(DEV) ## 322 faults, 60 pairs of faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (8 minutes)
+	@$(BIN)/lens selftest --cases 322 --pairs 60 --healthy-steps 20000 --seed 1 $(ARGS)
 
 format: $(DEV) ## rewrite the code in the house's style
 	@$(BIN)/ruff check --fix .

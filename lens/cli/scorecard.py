@@ -63,6 +63,26 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """A run with two faults. truth: cause and ranks of each, with the share that it costs by itself; said: the best
+    cause and the ranks of each finding, in the order of the reply."""
+
+    noise: str
+    truth: list[tuple[str, list[int], float]]
+    said: list[tuple[str, list[int]]]
+
+    @property
+    def wanted(self) -> list[tuple[str, list[int]]]:
+        """What must be named."""
+        return [(cause, ranks) for cause, ranks, cost in self.truth if cost >= NAMED_FROM]
+
+    @property
+    def missed(self) -> list[tuple[str, list[int]]]:
+        """What must be named and was not."""
+        return [one for one in self.wanted if one not in self.said]
+
+
+@dataclass(frozen=True)
 class Calm:
     """A healthy run and the findings, warnings or worse, that any of its replies would have held."""
 
@@ -72,7 +92,7 @@ class Calm:
     confidences: list[float]
 
 
-def scorecard(judged: Sequence[Judged], calm: Sequence[Calm]) -> dict[str, Any]:
+def scorecard(judged: Sequence[Judged], calm: Sequence[Calm], paired: Sequence[Paired] = ()) -> dict[str, Any]:
     """All numbers; a share is None where there is nothing to share."""
     counted = [one for one in judged if one.counts]
     known = [one for one in counted if one.cause != UNEXPLAINED]
@@ -95,6 +115,7 @@ def scorecard(judged: Sequence[Judged], calm: Sequence[Calm]) -> dict[str, Any]:
         "false_alarms": sum(len(run.alarms) for run in calm),
         "false_alarms_per_1000_steps": _rate(calm),
         "calibration_error": calibration_error(sure),
+        "pairs": _of_pairs([one for one in paired if len(one.wanted) == len(one.truth)]),
         "causes": {cause: _of_cause(cause, counted) for cause in sorted({one.cause for one in counted})},
         "noise": {
             noise: {"steps": sum(run.steps for run in runs), "per_1000": _rate(runs), "alarms": _alarms(runs)}
@@ -108,6 +129,21 @@ def scorecard(judged: Sequence[Judged], calm: Sequence[Calm]) -> dict[str, Any]:
             if (cases := [one for one in unknown if one.fault == fault])
         },
     }  # fmt: skip
+
+
+def _of_pairs(paired: Sequence[Paired]) -> dict[str, Any]:
+    """Runs with two faults that must both be named: how many were, and what else was said."""
+    real = [[(cause, ranks) for cause, ranks, _ in one.truth] for one in paired]
+    first = [bool(one.said) and one.said[0] in truth for one, truth in zip(paired, real, strict=True)]
+    more = sum(finding not in truth for one, truth in zip(paired, real, strict=True) for finding in one.said)
+    missed = [cause for one in paired for cause, _ in one.missed]
+    return {
+        "cases": len(paired),
+        "both_named": sum(not one.missed for one in paired) / len(paired) if paired else None,
+        "one_named_first": sum(first) / len(paired) if paired else None,
+        "others_said": more,
+        "missed": {cause: missed.count(cause) for cause in sorted(set(missed))},
+    }
 
 
 def calibration_error(sure: Sequence[tuple[float | None, bool]]) -> float | None:
@@ -193,6 +229,14 @@ def describe(card: dict[str, Any]) -> str:
         wrong = ", ".join(f"{name} {count}" for name, count in row["taken_for"].items())
         numbers = (row[key] for key in ("precision", "recall", "top1", "exact_ranks", "latency_steps"))
         lines.append(f"| {cause} | {row['cases']} | {' | '.join(map(_said, numbers))} | {wrong} |")
+    pairs = card["pairs"]
+    missed = ", ".join(f"{name} {count}" for name, count in pairs["missed"].items())
+    lines += [
+        "", "| two faults at once | cases | both named | one of them first | findings that are neither | not named |",
+        "|---|---|---|---|---|---|",
+        f"| on different ranks | {pairs['cases']} | {_said(pairs['both_named'])} | {_said(pairs['one_named_first'])} | "
+        f"{pairs['others_said']} | {missed} |",
+    ]  # fmt: skip
     lines += ["", "| healthy, with noise of | steps | false alarms per 1,000 | which |", "|---|---|---|---|"]
     for noise, row in card["noise"].items():
         which = ", ".join(f"{name} {count}" for name, count in row["alarms"].items())

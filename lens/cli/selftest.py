@@ -18,10 +18,10 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from lens.cli.errors import DONE, MISSING, UNUSABLE, CommandError, missing_extra
-from lens.cli.scorecard import Calm, Judged, describe, scorecard
+from lens.cli.scorecard import Calm, Judged, Paired, describe, scorecard
 
 if TYPE_CHECKING:
-    from sample_runs.cluster import Case
+    from sample_runs.cluster import Case, Pair
 
 HELP = "how right the diagnosis is: a scorecard over simulated faults"
 MOST_PROCESSES = 4
@@ -34,14 +34,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--healthy-steps", type=int, default=4000, metavar="N", help="steps of healthy runs (default: %(default)s)"
     )
+    parser.add_argument(
+        "--pairs", type=int, default=0, metavar="N", help="runs with two faults at once (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge all cases and print the scorecard."""
-    if arguments.cases < 0 or arguments.healthy_steps < 0:
+    if min(arguments.cases, arguments.healthy_steps, arguments.pairs) < 0:
         raise CommandError("a number of cases or steps is below 0", "lens selftest --cases 46", UNUSABLE)
     try:
-        from sample_runs.cluster import draw_cases, draw_healthy
+        from sample_runs.cluster import draw_cases, draw_healthy, draw_pairs
     except ImportError as error:
         if (error.name or "").startswith("sample_runs"):
             raise CommandError(
@@ -50,25 +53,32 @@ def run(arguments: argparse.Namespace) -> int:
                 MISSING,
             ) from error
         raise missing_extra(error, "server") from error
-    cases = [*draw_cases(arguments.cases, arguments.seed), *draw_healthy(arguments.healthy_steps, arguments.seed)]
+    cases: list[Case | Pair] = [
+        *draw_cases(arguments.cases, arguments.seed), *draw_healthy(arguments.healthy_steps, arguments.seed),
+        *draw_pairs(arguments.pairs, arguments.seed),
+    ]  # fmt: skip
     judged: list[Judged] = []
     calm: list[Calm] = []
+    paired: list[Paired] = []
     for number, result in enumerate(_all_judged(cases), 1):
         if isinstance(result, Judged):
             judged.append(result)
+        elif isinstance(result, Paired):
+            paired.append(result)
         else:
             calm.append(result)
         if sys.stderr.isatty():
             print(f"\r{number} of {len(cases)} runs", end="" if number < len(cases) else "\n", file=sys.stderr)
-    card = {"seed": arguments.seed, **scorecard(judged, calm)}
+    card = {"seed": arguments.seed, **scorecard(judged, calm, paired)}
     if arguments.json:
-        print(json.dumps({**card, "judged": [asdict(one) for one in judged]}, ensure_ascii=False))
+        every = {"judged": [asdict(one) for one in judged], "paired": [asdict(one) for one in paired]}
+        print(json.dumps({**card, **every}, ensure_ascii=False))
     else:
         print(describe(card))
     return DONE
 
 
-def _all_judged(cases: Sequence[Case]) -> Iterator[Judged | Calm]:
+def _all_judged(cases: Sequence[Case | Pair]) -> Iterator[Judged | Calm | Paired]:
     """The cases in order, several at once where there are processors."""
     processes = min(
         MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(cases)
@@ -80,8 +90,12 @@ def _all_judged(cases: Sequence[Case]) -> Iterator[Judged | Calm]:
         yield from pool.map(judge, cases)
 
 
-def judge(case: Case) -> Judged | Calm:
+def judge(case: Case | Pair) -> Judged | Calm | Paired:
     """Simulate a case and ask the engine."""
+    from sample_runs.cluster import Pair
+
+    if isinstance(case, Pair):
+        return _paired(case)
     return _calm(case) if case.fault is None else _judged(case)
 
 
@@ -106,6 +120,19 @@ def _judged(case: Case) -> Judged:
         ranks=case.ranks, onset=case.fault.step, cost=case.cost(outcome), causes=list(seen.values()),
         said_ranks=first["ranks"], confidence=first["confidence"], detected=first["detected_step"],
     )  # fmt: skip
+
+
+def _paired(pair: Pair) -> Paired:
+    from lens.diagnosis import diagnose
+    from sample_runs.cluster import simulate
+
+    reply = diagnose(pair.cluster.run(), simulate(pair.cluster).tables)
+    said: dict[int, tuple[str, list[int]]] = {}
+    for item in reply["hypotheses"]:
+        if item["severity"] != "info":
+            said.setdefault(item["finding"], (item["cause"], item["ranks"]))
+    truth = [(*one, cost) for one, cost in zip(pair.truth(), pair.costs(), strict=True)]
+    return Paired(pair.cluster.noise, truth, list(said.values()))
 
 
 def _calm(case: Case) -> Calm:

@@ -63,10 +63,14 @@ class Collectives:
 def align(tables: Tables, timeline: Timeline, topology: Topology) -> Collectives:
     """Pair the finished collectives of all ranks."""
     table = tables.collectives
-    usable = (table["t1_ns"] != NULL) & (table["rank"] >= 0) & (table["step"] != NULL)
-    # Never waited for: no interval in which the rank stood still, and no exit.
-    usable &= (table["is_async"] == 0) | (table["t_wait_ns"] != NULL)
+    # Never waited for: no interval in which the rank stood still, and no exit. Of a send the entry tells all the same
+    # from when on its receiver could go on.
+    unwaited = (table["is_async"] == 1) & (table["t_wait_ns"] == NULL)
+    sent = unwaited & (table["op"] == tables.code("send"))
+    usable = (table["rank"] >= 0) & (table["step"] != NULL) & (sent | (~unwaited & (table["t1_ns"] != NULL)))
     columns = {name: values[usable] for name, values in table.items()}
+    for name in ("t_wait_ns", "t1_ns"):
+        columns[name] = np.where(sent[usable], columns["t0_ns"], columns[name])
     start = np.where(columns["is_async"] == 1, columns["t_wait_ns"], columns["t0_ns"])
     keep = _in_order_once(columns, start)
     columns = {name: values[keep] for name, values in columns.items()}

@@ -59,8 +59,8 @@ def step_seconds(
     wait = pieces.wait[rows]
     transfer = (end - start) * SECONDS - wait
     instance = np.unique(collectives.instance[rows], return_inverse=True)[1]
-    # A send that is buffered is over before its receiver came: it waits for nobody.
-    free = end < collectives.last_entry_ns[rows]
+    # A send that is buffered, or not waited for, is over before its receiver came: it waits for nobody.
+    free = (end < collectives.last_entry_ns[rows]) | (collectives.is_async[rows] & (end == start))
     transfer = np.where(free, (end - start) * SECONDS, transfer)
     graph = _Graph(chain, first, last, step, instance, free, len(steps))
     lessened, tail_lessened = _without(

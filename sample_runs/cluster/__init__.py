@@ -6,12 +6,13 @@ Only physics is simulated, and what sensors and hooks would read of it; the reco
     python -m sample_runs.cluster --ranks 64 --steps 120 --fault slow_link@40:3 --seed 1 --out DIR
 """
 
-from sample_runs.cluster.cases import Case, draw_cases, draw_healthy
+from sample_runs.cluster.cases import Case, Pair, draw_cases, draw_healthy, draw_pairs
 from sample_runs.cluster.faults import FAULTS, Fault
 from sample_runs.cluster.layout import Layout
 from sample_runs.cluster.noise import NOISE
 from sample_runs.cluster.simulation import Cluster, Outcome, simulate
 
 __all__ = [
-    "FAULTS", "NOISE", "Case", "Cluster", "Fault", "Layout", "Outcome", "draw_cases", "draw_healthy", "simulate",
+    "FAULTS", "NOISE", "Case", "Cluster", "Fault", "Layout", "Outcome", "Pair", "draw_cases", "draw_healthy", "draw_pairs",
+    "simulate",
 ]  # fmt: skip

@@ -24,6 +24,15 @@ LAYOUTS = (
 )  # fmt: skip
 
 
+PAIRED = (
+    "slow_device", "thermal_throttle", "ecc_remap", "shared_device", "cpu_contention", "cpu_quota", "slow_dataloader",
+    "recompilation", "logging_overhead", "hot_expert", "slow_link", "checkpoint_stall", "odd_card",
+)  # fmt: skip
+"""Faults that are put into one run by twos."""
+SAME_ONSET = 0.5
+"""Share of the pairs whose faults begin with the same step."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A run and what is wrong in it. cause: the right code, None in a healthy run. ranks: those that a right verdict
@@ -51,6 +60,55 @@ class Case:
         usual = simulate(self.cluster.healthy()).durations
         since = slice(max(fault.step, WARM_UP_STEPS), None)
         return float(outcome.durations[since].mean() / usual[since].mean()) - 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run with two faults on different ranks."""
+
+    cluster: Cluster
+
+    def truth(self) -> list[tuple[str, list[int]]]:
+        """Cause and ranks of each."""
+        return [(fault.kind.cause, fault.named(self.cluster.layout)) for fault in self.cluster.faults]
+
+    def costs(self) -> list[float]:
+        """Share by which each fault makes steps longer where the other is not: the same run is taken with one of them and
+        with none."""
+        since = slice(max(fault.step for fault in self.cluster.faults), None)
+        usual = simulate(self.cluster.healthy()).durations[since].mean()
+        alone = [replace(self.cluster, faults=(fault,)) for fault in self.cluster.faults]
+        return [float(simulate(cluster).durations[since].mean() / usual) - 1 for cluster in alone]
+
+
+def draw_pairs(count: int, seed: int) -> list[Pair]:
+    """So many runs with two faults at once, half of them with the same onset."""
+    pairs = []
+    for place in range(count):
+        random = np.random.default_rng([seed, place, 3])
+        kinds = [str(name) for name in random.choice(PAIRED, 2, replace=False)]
+        fits = [
+            layout for layout in LAYOUTS if layout.ranks <= 32 and all(_has(layout, FAULTS[k].needs) for k in kinds)
+        ]
+        cluster = _cluster(
+            _of(random, fits), _of(random, [n for n in NOISE if n != "vendor_mix"]), STEPS, random, f"pair-{place}"
+        )
+        if "checkpoint_stall" in kinds and not NOISE[cluster.noise].save_every:
+            cluster = replace(cluster, save_every=20)
+        onset = int(random.integers(*ONSET))
+        onsets = [onset, onset if random.random() < SAME_ONSET else int(random.integers(*ONSET))]
+        faults: list[Fault] = []
+        for name, step in zip(kinds, onsets, strict=True):
+            taken = {row for fault in faults for row in fault.rows(cluster.layout)}
+            strength = float(random.uniform(FAULTS[name].weak, FAULTS[name].strong))
+            ranks = [
+                r
+                for r in range(cluster.layout.ranks)
+                if taken.isdisjoint(Fault(name, step, r).rows(cluster.layout))
+            ]
+            faults.append(Fault(name, step, _of(random, ranks), strength))
+        pairs.append(Pair(replace(cluster, faults=tuple(faults))))
+    return pairs
 
 
 def draw_cases(count: int, seed: int) -> list[Case]:
@@ -89,10 +147,11 @@ def _cluster(layout: Layout, noise: str, steps: int, random: np.random.Generator
     cards = NOISE[noise].cards
     # Makes can only be mixed where there are several hosts.
     layout = replace(layout, cards=cards) if cards else layout
-    return Cluster(
+    cluster = Cluster(
         layout, steps, noise, seed=int(random.integers(2**31)), tokens=int(random.choice([4096, 8192, 16384])),
         compute_s=float(random.uniform(0.2, 0.6)), name=name,
     )  # fmt: skip
+    return replace(cluster, unwaited=layout.pp > 1 and cluster.seed % 2 == 1)
 
 
 def _has(layout: Layout, needs: str) -> bool:

@@ -52,7 +52,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A run to simulate. tokens: of each rank and step; compute_s: what an H200 needs for them, forward and backward."""
+    """A run to simulate. tokens: of each rank and step; compute_s: what an H200 needs for them, forward and backward.
+    unwaited: stages send asynchronously and never wait for it."""
 
     layout: Layout = field(default_factory=Layout)
     steps: int = 120
@@ -64,6 +65,7 @@ class Cluster:
     save_every: int = 0
     evaluate_every: int = 0
     name: str = "cluster"
+    unwaited: bool = False
 
     @property
     def layers(self) -> int:
@@ -350,7 +352,7 @@ class _Simulation:
         entered, sent = self.clock[target].copy(), self.clock[source].copy()
         last = np.maximum(entered, sent)
         left = last + self.fabric.seconds("recv", pairs, np.full(pairs.shape, size), self.now)
-        handed = sent + HAND_OVER_S
+        handed = sent + (0.0 if self.cluster.unwaited else HAND_OVER_S)
         self.clock[source], self.clock[target] = handed, left
         if self.reduced is not None:
             self.reduced.collective("pp", "recv", name, target[:, None], entered[:, None], last, left[:, None])
@@ -362,7 +364,7 @@ class _Simulation:
             here = np.isfinite(begun)
             self.writer.add(
                 "collectives", int(here.sum()), rank=rows[here], step=self.step, op=op, phase=name, group=groups[here],
-                seq=seq, bytes=round(size), peer=peer[here], micro_batch=batch,
+                seq=seq, bytes=round(size), peer=peer[here], micro_batch=batch, is_async=int(self.cluster.unwaited and op == "send"),
                 t0_ns=self.stamp(begun[here], rows[here]), t1_ns=self.stamp(ended[here], rows[here]),
             )  # fmt: skip
 

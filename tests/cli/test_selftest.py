@@ -13,7 +13,7 @@ import pytest
 
 from lens.cli.errors import DONE, MISSING, UNUSABLE
 from lens.cli.main import main
-from lens.cli.scorecard import Calm, Judged, calibration_error, describe, scorecard
+from lens.cli.scorecard import Calm, Judged, Paired, calibration_error, describe, scorecard
 from tests.store.processes import TOKEN, Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,24 @@ def test_shares_count_what_they_say() -> None:
     assert card["look_alikes"]["GPU / link"]["slow_link"] == {"cases": 2, "right": 1, "as_slow_device": 1}
 
 
+def test_of_two_faults_both_must_be_said() -> None:
+    truth = [("slow_device", [1], 0.3), ("slow_link", [4], 0.2)]
+    cheap = [("slow_device", [1], 0.3), ("slow_link", [4], 0.01)]
+    told = [("slow_link", [4]), ("slow_device", [1])]
+    paired = [
+        Paired("clean", truth, told), Paired("clean", truth, [("congestion", [0]), *told[1:]]),
+        Paired("clean", cheap, told[1:]),
+    ]  # fmt: skip
+    pairs = scorecard([], [], paired)["pairs"]
+    assert pairs == {
+        "cases": 2,
+        "both_named": 0.5,
+        "one_named_first": 0.5,
+        "others_said": 1,
+        "missed": {"slow_link": 1},
+    }
+
+
 def test_calibration_is_the_distance_of_confidence_from_being_right() -> None:
     assert calibration_error([(0.9, True)] * 9 + [(0.9, False)]) == pytest.approx(0)
     assert calibration_error([(0.9, False)] * 4) == pytest.approx(0.9)
@@ -68,11 +86,16 @@ def test_nothing_to_share_is_no_number() -> None:
 
 
 def test_the_verb_judges_simulated_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["selftest", "--cases", "3", "--healthy-steps", "80", "--seed", "2", "--json"]) == DONE
+    assert (
+        main(["selftest", "--cases", "3", "--healthy-steps", "80", "--pairs", "1", "--seed", "2", "--json"]) == DONE
+    )
     card = json.loads(capsys.readouterr().out)
     assert [one["fault"] for one in card["judged"]] == ["slow_device", "thermal_throttle", "power_cap"]
     assert all(one["causes"][0] == one["cause"] and one["said_ranks"] == one["ranks"] for one in card["judged"])
     assert (card["seed"], card["healthy_steps"], card["top1_cause"]) == (2, 80, 1.0)
+    assert [[cause for cause, _, _ in pair["truth"]] for pair in card["paired"]] == [
+        ["ecc_remap", "thermal_throttle"]
+    ]
 
 
 def test_without_the_simulator_the_error_says_what_to_install(
