@@ -10,13 +10,11 @@ from lens.diagnosis import policy
 from lens.diagnosis.card_measures import ERRORS, MEMORY_XIDS, ROWS, rows_grown
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
+from lens.diagnosis.signatures import ADVICE
 
 CAUSES = {
-    "ecc_remap": Cause(
-        "Drain {component} at the next checkpoint, reset it and run its memory diagnostics; replace it when rows keep failing.",
-        absorbs=("compute", "h2d", "host"),
-    ),
-}  # fmt: skip
+    "ecc_remap": Cause(ADVICE["ecc_remap"], absorbs=("compute", "h2d", "host")),
+}
 BY_XID, BY_COUNT = 0.95, 0.85
 """How sure an error is that the card names, and one that only a counter shows."""
 
@@ -65,10 +63,18 @@ class Cards:
         grown = rows_grown(self.run.signals, row, 0, place)
         if not grown:
             return None
-        first = min(at for at in range(place + 1) if rows_grown(self.run.signals, row, 0, at))
+        first = self._first(row, place)
         return Notice(
             "ecc_remap", (row,), first, None, BY_COUNT,
             f"memory of the card of {{ranks}} fails: {grown:.0f} more rows or errors since step {{onset}}",
             (Evidence(ROWS, 0.0, grown),),
             rivals=(("slow_device", "the card counts failing memory"),),
         )  # fmt: skip
+
+    def _first(self, row: int, place: int) -> int:
+        """The first step by which a card counted a failure; counts only grow, so that the middle tells which half."""
+        low, high = 0, place
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if rows_grown(self.run.signals, row, 0, middle) else (middle + 1, high)
+        return low

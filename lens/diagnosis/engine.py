@@ -110,9 +110,18 @@ def _date(judge: Judge, hypotheses: list[Hypothesis], index: int) -> None:
     for place in _places(examiner, index, {item["cause"] for item in hypotheses}):
         if not waiting:
             return
-        for key in _held_at(judge, place, set(waiting)) & set(waiting):
+        held = _held_at(judge, place, set(waiting))
+        for key in set(held) & set(waiting):
             for item in waiting.pop(key):
                 item["detected_step"] = int(examiner.timeline.steps[place])
+                begun = held[key]
+                if (
+                    begun is not None
+                    and item["onset_step"] is not None
+                    and item["onset_step"] > item["detected_step"]
+                ):
+                    # All records together may date the beginning anew, but not after it was seen.
+                    item["onset_step"] = int(examiner.timeline.steps[begun])
     # Seen only with every record: from the first step on at which every record is visible.
     for items in waiting.values():
         for item in items:
@@ -137,22 +146,24 @@ def _places(examiner: Examiner, index: int, causes: set[str]) -> Iterable[int]:
     return sorted(candidates)
 
 
-def _held_at(judge: Judge, place: int, wanted: set[Key]) -> set[Key]:
-    """Which of the wanted hypotheses (and perhaps others) the reply up to this place holds."""
+def _held_at(judge: Judge, place: int, wanted: set[Key]) -> dict[Key, int | None]:
+    """Which of the wanted hypotheses (and perhaps others) the reply up to this place holds, with the place of the onset that
+    it gives; None where that cannot change."""
     examiner = judge.run
     causes = {cause for cause, _ in wanted}
-    keys: set[Key] = set()
+    held: dict[Key, int | None] = {}
     if causes - FATAL_CAUSES:
         ranks = examiner.topology.ranks
-        keys |= {(cause, tuple(ranks[list(rows)].tolist())) for cause, rows in judge.named(place)}
+        named = judge.onsets(place).items()
+        held |= {(cause, tuple(ranks[list(rows)].tolist())): onset for (cause, rows), onset in named}
     if "nan_origin" in causes:
         origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
         if origin is not None:
-            keys.add(("nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)))
+            held["nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)] = None
     if causes & END_CAUSES:
         for end, victims in _by_attempt(exits.ends(examiner.tables, examiner.timeline, place)):
-            keys.add((report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)))
-    return keys
+            held[report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)] = None
+    return held
 
 
 def _status(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> str:

@@ -11,12 +11,10 @@ from lens.diagnosis.arrays import Array, Floats, Ints, cells, mean, median
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
 from lens.diagnosis.routing import ExpertLoad, drops
+from lens.diagnosis.signatures import ADVICE
 
 CAUSES = {
-    "hot_expert": Cause(
-        "Balance the router (auxiliary loss, bias, capacity factor) or spread the experts of {ranks} over more cards.",
-        absorbs=("compute",),
-    ),
+    "hot_expert": Cause(ADVICE["hot_expert"], absorbs=("compute",)),
     "router_collapse": Cause(
         "Raise the auxiliary loss or add router noise, and go back to a checkpoint from before the collapse.",
         absorbs=("compute", "transfer"),

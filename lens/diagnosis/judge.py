@@ -71,10 +71,14 @@ class Judge:
 
     def named(self, index: int) -> set[tuple[str, tuple[int, ...]]]:
         """Cause and rows of every hypothesis that a reply at a step place holds."""
+        return set(self.onsets(index))
+
+    def onsets(self, index: int) -> dict[tuple[str, tuple[int, ...]], int]:
+        """The same, with the place of the onset that it gives to each."""
         verdicts, noticed = self.at(index)
-        pairs = {(e.cause, verdict.finding.rows) for verdict in verdicts for e in verdict.listed}
-        pairs |= {(p.explained.cause, p.place.rows) for link in self.links(index) for p in link.listed}
-        return pairs | {(notice.cause, notice.rows) for notice in noticed}
+        found = {(e.cause, v.finding.rows): int(v.after[0]) for v in verdicts for e in v.listed}
+        found |= {(p.explained.cause, p.place.rows): link.onset for link in self.links(index) for p in link.listed}
+        return found | {(notice.cause, notice.rows): notice.onset for notice in noticed}
 
     def _notices(self, index: int) -> list[Notice]:
         place = notices.on_grid(index)

@@ -124,10 +124,10 @@ def _bits(mask: int, title: str) -> Callable[[Scene], Measure]:
 
     def make(scene: Scene) -> Measure:
         def share(rows: list[int], low: int, high: int) -> float | None:
-            values = [scene.signals.gauge("gpu.throttle.reasons", row, low, high) for row in rows]
-            known = np.concatenate(values) if values else np.zeros(0)
             if scene.signals.series("gpu.throttle.reasons") is None:
                 return card_measures.throttled_share(scene.signals, mask, rows, low, high)
+            values = [scene.signals.gauge("gpu.throttle.reasons", row, low, high) for row in rows]
+            known = np.concatenate(values) if values else np.zeros(0)
             return float(((known.astype(np.int64) & mask) != 0).mean()) if len(known) else None
 
         first, last = bounds(scene.after)

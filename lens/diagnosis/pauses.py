@@ -16,20 +16,13 @@ from lens.diagnosis.arrays import Floats, Ints, median
 from lens.diagnosis.decompose import SECONDS
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
+from lens.diagnosis.signatures import ADVICE
 
 CAUSES = {
-    "python_gc": Cause(
-        "Freeze what lives long (gc.freeze) and collect on a schedule that all ranks share instead of on {ranks} alone.",
-        absorbs=("compute", "host", "data", "h2d"),
-    ),
-    "recompilation": Cause(
-        "Mark the changing dimension as dynamic or pad it on {ranks}, so that nothing is compiled again.",
-        absorbs=("compute", "host"),
-    ),
-    "logging_overhead": Cause(
-        "Log less often on {ranks}, or from another thread.", absorbs=("host",)
-    ),
-}  # fmt: skip
+    "python_gc": Cause(ADVICE["python_gc"], absorbs=("compute", "host", "data", "h2d")),
+    "recompilation": Cause(ADVICE["recompilation"], absorbs=("compute", "host")),
+    "logging_overhead": Cause(ADVICE["logging_overhead"], absorbs=("host",)),
+}
 
 FEWEST_PAUSES = 3
 GROWN = 3.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.diagnosis import policy
-from lens.diagnosis.arrays import Array, Floats, Ints, median, median_of_others
+from lens.diagnosis.arrays import Array, Floats, Ints, median, median_of_others, spread
 from lens.diagnosis.topology import Topology
 
 FEWEST_PEERS = 3
@@ -55,9 +55,9 @@ def standing(values: Floats, usual: float, topology: Topology, steps: Array) -> 
         levels = np.stack([median(part) for part in parts])
         others = median_of_others(levels)
         above = (levels - others) / usual
-        whole = np.sort(median(values[np.ix_(steps, members)]))
+        whole = median(values[np.ix_(steps, members)])
         # Ranks of a kind that differ among themselves anyway set the bar for the one that differs most.
-        typical = float(np.nanmedian(np.abs(whole - np.nanmedian(whole)))) / usual * 1.4826
+        typical = float(spread(whole)) / usual
         effect, noise = np.min(above, axis=0), 0.0 if few else 4 * typical
         for place in np.flatnonzero(effect > max(policy.STANDING_EFFECT_CONFIRMED, noise)).tolist():
             found.append(Standing(int(members[place]), float(effect[place]), noise, few))

@@ -215,10 +215,8 @@ def _against(verdict: Verdict, best: Explained) -> list[dict[str, str]]:
         if rival.signature is None:
             supports = [name for name, gain in best.gains.items() if gain >= 1]
             if supports:
-                result.append({
-                    "cause": "unexplained",
-                    "because": " and ".join(moved(verdict.measures[name]) for name in supports[:2]),
-                })  # fmt: skip
+                known = " and ".join(moved(verdict.measures[name]) for name in supports[:2])
+                result.append({"cause": "unexplained", "because": f"the reason is known: {known}"})
             continue
         name, loss = min(rival.gains.items(), key=lambda item: (item[1], item[0]))
         if loss <= -0.5 and verdict.measures[name].level is not None:

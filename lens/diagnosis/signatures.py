@@ -125,7 +125,7 @@ SIGNATURES: tuple[Signature, ...] = (
             _rises("memory_faults", 5.0, 5.0, 4.0), _still("clock", 1.0), _no_more("tokens"), _no_more("run_delay", 1.0),
             _no_more("throttled", 1.0),
         ),
-        "Drain {component}, reset it and run its memory diagnostics; replace it when rows keep failing.",
+        "Drain {component} at the next checkpoint, reset it and run its memory diagnostics; replace it when rows keep failing.",
     ),
     Signature(
         "shared_device", ("compute", "h2d", "host"), -0.5,
@@ -154,7 +154,7 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "hot_expert", ("compute",), -0.5,
         (_rises("expert_tokens", 4.5, 5.0, 3.5), _still("clock"), _no_more("run_delay", 1.0), _no_more("throttled", 1.0)),
-        "Balance the router (auxiliary loss, capacity factor) or spread the experts of {ranks} over more cards.",
+        "Balance the router (auxiliary loss, bias, capacity factor) or spread the experts of {ranks} over more cards.",
         bar=1.2,
     ),
     Signature(
@@ -182,7 +182,7 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "python_gc", ("compute", "host", "data", "h2d"), -0.5,
         (_rises("gc", 5.0, 5.0, 4.0), _still("clock", 1.0)),
-        "Freeze or schedule Python's garbage collection on {ranks} (gc.freeze, gc.disable with a planned collect).",
+        "Freeze what lives long (gc.freeze) and collect on a schedule that all ranks share instead of on {ranks} alone.",
     ),
     Signature(
         "recompilation", ("compute",), -0.5,
@@ -241,6 +241,10 @@ SIGNATURES: tuple[Signature, ...] = (
 UNEXPLAINED_ADVICE = (
     "Profile {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
 )
+
+
+ADVICE = {signature.cause: signature.advice for signature in SIGNATURES}
+"""What to do about a cause; those that families notice too are told in the same words."""
 
 
 @dataclass(frozen=True)

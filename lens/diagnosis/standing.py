@@ -47,7 +47,7 @@ def _beside_its_class(
         members = np.flatnonzero(transfers.alike == number)
         if len(members) < 3:
             continue
-        usual[members] = float(np.nanmedian(now[members]))
+        usual[members] = float(median(now[members]))
         gain[members] = np.min(quarters[:, members] - median(quarters[:, members], axis=1)[:, None], axis=0)
         # Streams that differ among themselves anyway set the bar for the one that differs most.
         noise[members] = np.fmax(float(spread(now[members])), 0.03 * usual[members])
