@@ -44,7 +44,7 @@ def settled(run: Examiner, judged: list[Verdict]) -> list[Verdict]:
         others = [v for v in rivals if v is not verdict and _overlap(v, verdict)]
         certain = confirmed(verdict.explained[0])
         # Findings that nothing confirms and that cost nothing by themselves do not vouch for each other.
-        if not others or not (certain or any(v in told for v in others)):
+        if not others or not (certain or any(v in told for v in others)) or _robbed(run, verdict, others):
             continue
         ratio = _without(run, verdict, others)
         needed = policy.SMALLEST_EFFECT * (1.0 if certain else UNCONFIRMED_TIMES)
@@ -67,11 +67,23 @@ def _once_a_rank(judged: list[Verdict]) -> list[Verdict]:
     kept = [v for v in judged if not v.finding.second]
     for verdict in (v for v in judged if v.finding.second):
         owners = [v for v in kept if set(v.finding.rows) & set(verdict.finding.rows) and _overlap(v, verdict)]
-        reached = [v.explained[0].signature for v in owners]
-        apart = all(s is not None and verdict.finding.feature not in s.features for s in reached)
-        if owners and apart and confirmed(verdict.explained[0]):
+        if owners and confirmed(verdict.explained[0]) and not any(_reaches(v, verdict) for v in owners):
             kept.append(verdict)
     return kept
+
+
+def _reaches(one: Verdict, other: Verdict) -> bool:
+    """Whether the cause of either finding also shows in the other's part of the step: then it is one cause, or unclear."""
+    causes = one.explained[0].signature, other.explained[0].signature
+    parts = other.finding.feature, one.finding.feature
+    return any(cause is None or part in cause.features for cause, part in zip(causes, parts, strict=True))
+
+
+def _robbed(run: Examiner, verdict: Verdict, others: list[Verdict]) -> bool:
+    """Whether a rank wants for processor time beside a slower rank of its host: that one may be who takes it."""
+    hosts = run.topology.host_index()
+    beside = {int(hosts[row]) for v in others for row in v.finding.rows}
+    return verdict.explained[0].cause == "cpu_contention" and any(hosts[r] in beside for r in verdict.finding.rows)
 
 
 def _overlap(one: Verdict, other: Verdict) -> bool:
