@@ -38,8 +38,9 @@ prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anythin
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)
 
-prove-attach: $(DEV) ## what an attach is refused for, in which words and how soon (1 minute)
-	@$(BIN)/python benchmarks/attach_refusals.py --out docs/proofs/attach_refusals.md $(ARGS)
+prove-attach: $(DEV) ## attaches refused, with words and times; and what one leaves behind: nothing (10 minutes)
+	@$(BIN)/python benchmarks/attach_refusals.py --out docs/proofs/attach_refusals.md
+	@$(BIN)/python benchmarks/attach_leaves.py --out docs/proofs/attach_leaves.md $(ARGS)
 
 prove-selftest: $(DEV) ## 322 faults, 60 pairs of faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (8 minutes)
 	@$(BIN)/lens selftest --cases 322 --pairs 60 --healthy-steps 20000 --seed 1 $(ARGS)

@@ -82,3 +82,53 @@ for batch in torch.utils.data.DataLoader(torch.randn(1_000_000, 64), batch_size=
     loss.backward()
     optimizer.step()
 """
+LEAVES = """
+import json, mmap, struct, sys, time, torch, torch.distributed as dist
+from torch.optim import optimizer as optimizers
+from torch.utils.data import dataloader
+
+kind, page, out, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+_file = open(page, "r+b")
+beat = mmap.mmap(_file.fileno(), 4096)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+plain = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256))
+model = plain if kind == "plain" else torch.nn.parallel.DistributedDataParallel(plain)
+optimizer = torch.optim.AdamW(model.parameters())
+if kind in ("aot_eager", "inductor"):
+    torch._logging.set_logs(recompiles=True)
+    plain.compile(backend=kind)
+
+def names():
+    return [
+        torch.autograd.backward, torch.nn.Module.__call__, torch.nn.Linear.forward, sys.excepthook, dist.all_reduce,
+        dataloader._BaseDataLoaderIter.__next__, torch.optim.Optimizer.__init__, torch._C._dispatch_dump("c10d::allreduce_"),
+        dict(optimizers._global_optimizer_pre_hooks), dict(optimizers._global_optimizer_post_hooks),
+        *(module.forward for module in model.modules()), *(module._compiled_call_impl for module in model.modules()),
+    ]
+
+def graphs():
+    from torch._dynamo.utils import counters
+    return json.dumps([counters["stats"], counters["graph_break"]])
+
+before, first, took, worked, losses = names(), "", [], [], []
+while steps == 0 or len(took) < steps:
+    began, at_work = time.perf_counter_ns(), time.thread_time_ns()
+    loss = model(torch.randn(64, 256)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    dist.all_reduce(torch.ones(1))
+    losses.append(loss.item().hex())
+    took.append(time.perf_counter_ns() - began)
+    worked.append(time.thread_time_ns() - at_work)
+    beat[0:8] = struct.pack("=q", len(took))
+    if len(took) == 100:
+        first = graphs()
+    if beat[8]:
+        break
+same = {"names": before == names(), "graphs": first == graphs()}
+with open(out, "w") as file:
+    json.dump({**same, "took": took, "worked": worked, "losses": losses}, file)
+"""

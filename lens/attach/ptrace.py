@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
 from types import TracebackType
@@ -14,6 +15,11 @@ _GET_REGISTERS, _SET_REGISTERS = 0x4204, 0x4205
 _EVENT_STOP = 128
 _ALL_THREADS = 0x40000000
 _LOOK_AGAIN_S = 20e-6
+_FORBIDDEN = (
+    "the kernel does not let us trace it: something else does at this moment, or a seccomp filter or security module "
+    "forbids it; in a container: --cap-add SYS_PTRACE --security-opt seccomp=unconfined"
+)
+"""What no file shows beforehand."""
 
 
 class TraceError(Exception):
@@ -102,8 +108,10 @@ class StoppedThread:
 
     def _ask(self, request: int, address: int = 0, data: int = 0) -> None:
         ctypes.set_errno(0)
-        if self._libc.ptrace(request, self._thread, address, data) == -1 and ctypes.get_errno():
-            raise TraceError(f"the kernel refused (ptrace {request:#x}: {os.strerror(ctypes.get_errno())})")
+        if self._libc.ptrace(request, self._thread, address, data) == -1 and (number := ctypes.get_errno()):
+            if request == _SEIZE and number == errno.EPERM:
+                raise TraceError(_FORBIDDEN)
+            raise TraceError(f"the kernel refused (ptrace {request:#x}: {os.strerror(number)})")
 
     def _wait(self) -> tuple[int, int]:
         """The signal and event of the next stop."""

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 import pytest
 
+from lens.attach import inject
 from lens.attach.preflight import Facts, judge, look
-from lens.attach.ptrace import StoppedThread
+from lens.attach.ptrace import StoppedThread, TraceError
 
 GOOD = Facts(
     4711, "R", owner=1000, own_uid=1000, version=(3, 12), symbols=True, torch=True, rank=0, world_size=8,
@@ -125,6 +126,8 @@ def test_real_processes_are_refused_for_what_they_are() -> None:
             assert refusal is not None
             assert refusal.rule == "already traced"
             assert f"process {os.getpid()} ({facts.tracer_command[:5]}" in refusal.reason
+            with pytest.raises(TraceError, match="--cap-add SYS_PTRACE"):
+                inject.run_line(child.pid, "pass")
     assert rule_of(2**22 + 1) == "no process"
 
 

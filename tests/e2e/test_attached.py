@@ -69,7 +69,7 @@ def test_a_slow_rank_of_a_training_that_ran_already_is_named_on_its_page(attache
     page.wait_for_function(
         "rank => document.querySelector('#verdict h2')?.innerText.includes(`Rank ${rank}`)", arg=SLOW_RANK
     )
-    assert "degraded" in page.get_attribute("#verdict", "data-status")
+    page.wait_for_selector("#verdict[data-status='degraded']")
     now = last_step()
     page.keyboard.press("g")
     page.keyboard.press("r")
