@@ -170,7 +170,8 @@ def main() -> int:
         "# What an attach leaves behind\n\n"
         f"`python benchmarks/attach_leaves.py` on {os.cpu_count()} cores, Python {platform.python_version()}, load "
         f"{load:.1f} when it began, {time.strftime('%Y-%m-%d')}. Each cycle is before, again, attached, after; ratios are "
-        "of the medians of one cycle's blocks: their median, and in brackets where nine of ten of them lie. Losses are "
+        "of the medians of one cycle's blocks: their median, and in brackets where nine of ten of them lie. The yardstick "
+        "is chance: a ratio within its range tells nothing, and on a machine with other work that range is wide. Losses are "
         "compared with the same training alone; names are those that an attach replaces, after the last detach; graphs "
         "are dynamo's own counts of graphs and of breaks.\n\n" + "\n".join(lines) + "\n"
     )
