@@ -76,6 +76,10 @@ def test_every_public_function_has_its_place_on_a_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_setting_named_exists(page: Path) -> None:
-    known = {f"LENS_{name.upper()}" for name in Settings.__dataclass_fields__} | {"LENS_CONFIG", "LENS_AUTOLOAD"}
+    known = {f"LENS_{name.upper()}" for name in Settings.__dataclass_fields__} | {
+        "LENS_CONFIG",
+        "LENS_AUTOLOAD",
+        "LENS_ATTACH",
+    }
     named = set(re.findall(r"\bLENS_[A-Z_]+\b", page.read_text()))
     assert named <= known
