@@ -8,7 +8,7 @@ DEV := $(VENV)/.installed-dev
 PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
 
-.PHONY: demo test check format chromium clean help prove-run prove-verdicts prove-delivery prove-api prove-selftest prove-attach
+.PHONY: demo test check format chromium clean help prove-run prove-coverage prove-verdicts prove-delivery prove-api prove-selftest prove-attach
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ check: $(DEV) ## style and types
 
 prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
+
+prove-coverage: $(DEV) ## who calls a collective, and is it seen: caller by collective, both tiers, 2 and 4 ranks (1 minute)
+	@$(BIN)/python benchmarks/coverage.py --out docs/proofs/coverage.md $(ARGS)
 
 prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause named? (25 minutes)
 	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -174,34 +174,46 @@ class Covered:
         return [call for call in self.ranks[rank].collectives if call["step"] == step]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["world 2", "world 4"])
-def covered(
-    tier: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Covered]:
-    rings: Path = tmp_path_factory.mktemp("coverage") / "rings"
-    done = run_script(SCRIPT, rings, world=request.param, LENS_NATIVE=str(int(tier == "native")))
+class Line(NamedTuple):
+    """One collective of one caller, of all ranks together."""
+
+    caller: str
+    op: str
+    made: int
+    seen: int
+    """With exactly their bytes."""
+    entered: int
+    completed: int
+    """Whose completion is told apart from the return to their caller."""
+
+
+def cover(tier: str, world: int, rings: Path) -> Covered:
+    """Run the program as `world` ranks, recorded by this tier below `rings`."""
+    done = run_script(SCRIPT, rings, world=world, LENS_NATIVE=str(int(tier == "native")))
     assert done.returncode == 0, done.stderr
-    said = [json.loads((rings.parent / f"expected.{rank}").read_text()) for rank in range(request.param)]
+    said = [json.loads((rings.parent / f"expected.{rank}").read_text()) for rank in range(world)]
     expected = [{caller: [(op, size) for op, size in sent] for caller, sent in of_rank.items()} for of_rank in said]
-    found = Covered(tier, request.param, read_rings(rings), expected)
-    yield found
-    print(f"\n{table(found)}")
+    return Covered(tier, world, read_rings(rings), expected)
 
 
-def table(covered: Covered) -> str:
+def lines(covered: Covered) -> Iterator[Line]:
     """Caller × collective: how many were made, how many seen with exactly their bytes, and with both ends."""
-    lines = [
-        f"{covered.tier}, world {covered.world}",
-        f"{'caller':18} {'collective':15} made seen entry completion",
-    ]
-    for caller, sent in covered.expected[0].items():
-        for op in dict.fromkeys(op for op, _ in sent):
-            made = Counter(size for name, size in sent if name == op)
-            calls = [call for call in covered.of(0, caller) if call["name"] == op]
-            exact = made & Counter(call["bytes"] for call in calls)
-            done = sum(call["t_done"] is not None for call in calls)
-            lines.append(f"{caller:18} {op:15} {made.total():4} {exact.total():4} {len(calls):5} {done:10}")
-    return "\n".join(lines)
+    for caller, of_first in covered.expected[0].items():
+        for op in dict.fromkeys(op for op, _ in of_first):
+            made = seen = entered = completed = 0
+            for rank, expected in enumerate(covered.expected):
+                sizes = Counter(size for name, size in expected[caller] if name == op)
+                calls = [call for call in covered.of(rank, caller) if call["name"] == op]
+                made += sizes.total()
+                seen += (sizes & Counter(call["bytes"] for call in calls)).total()
+                entered += sum(call["t0"] > 0 for call in calls)
+                completed += sum(call["t_done"] is not None for call in calls)
+            yield Line(caller, op, made, seen, entered, completed)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["world 2", "world 4"])
+def covered(tier: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Covered:
+    return cover(tier, request.param, tmp_path_factory.mktemp("coverage") / "rings")
 
 
 def test_the_tier_says_who_it_is(covered: Covered) -> None:
