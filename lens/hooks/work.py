@@ -89,6 +89,7 @@ class WorkDone:
         self._graphs: int | None = None
         """Graphs compiled when the model was last seen to run uncompiled; None when it may not be touched."""
         self._step = NULL
+        self.part.at_end(self._leave_modules)
         self._absent: dict[str, str] = {}
         """Metric -> why it is not recorded."""
 
@@ -124,10 +125,8 @@ class WorkDone:
                 runs = sum(module_probe.batches.values())
                 if called.forward and runs:
                     module_probe.calls[id(module)] = Calls(called.forward / runs, called.again / runs)
-            for give_back in self._given_back:
-                give_back()
             first = bool(self._first)
-            self._first, self._given_back = [], []
+            self._leave_modules()
             for probe in probes:
                 _disarm(probe)
             if first:
@@ -192,8 +191,15 @@ class WorkDone:
                 self._given_back.append(called.put())
                 self._first.append((probe, module, called))
 
+    def _leave_modules(self) -> None:
+        """Nothing stands in for the modules of a model any more."""
+        self._first = []
+        while self._given_back:
+            self._given_back.pop()()
+
     def _give_up(self, probe: Probe, reason: str) -> None:
         _disarm(probe)
+        self._leave_modules()
         self._probes.discard(probe)
         self.measured = [other for other in self.measured if other is not probe]
         self._leave_out("train.flops.rate", reason)

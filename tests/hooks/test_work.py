@@ -218,6 +218,31 @@ def test_a_refused_model_trains_on_and_the_reason_is_recorded(watch: Watch, reco
     assert "convolution" in event["text"]
 
 
+class Wrapped(nn.Module):
+    """Takes what does not tell how many tokens it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, rows: list[list[float]]) -> torch.Tensor:
+        return self.inner(torch.tensor(rows))
+
+
+@pytest.mark.parametrize("model", [Wrapped(), nn.Sequential(nn.Linear(4, 4))], ids=["untold tokens", "a detach"])
+def test_no_module_keeps_a_stand_in_when_the_first_step_comes_to_nothing(
+    model: nn.Module, watch: Watch, recorded: Read
+) -> None:
+    watch(model)
+    with lens.step():
+        model([[1.0] * 4] if isinstance(model, Wrapped) else torch.ones(1, 4)).sum().backward()
+        if not isinstance(model, Wrapped):
+            assert "forward" in vars(model[0])
+            lens.detach()
+    assert not any("forward" in vars(module) for module in model.modules() if module is not model)
+    assert recorded().values("train.flops.rate") == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "Qwen2Moe"])
 def test_models_of_transformers_are_counted_as_torch_counts_what_they_run(family: str) -> None:
