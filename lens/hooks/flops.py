@@ -16,6 +16,8 @@ from lens.hooks.routers import find_routers
 
 _PROJECTIONS = ("o_proj", "wo", "out_proj", "c_proj", "dense", "proj", "to_out")
 """Names of the layer that attention ends with: it takes what is as wide as the values."""
+_LAST = ("attention_out", "attn_out", "attention_output", "attn_output", "attn_proj", "attention_proj")
+"""Names of that layer where it stands in a block, without a module around the attention."""
 _QUERIES = ("q_proj", "query", "wq", "to_q")
 """Names of the layer that makes queries, for an attention that ends without one of its own."""
 _NO_MATRIX = ("embed", "pos", "bias", "token")
@@ -119,7 +121,7 @@ def count(model: Any) -> Model:
         width = None
         if _is_attention(name, module):
             called.append(name)
-            width = _attention_width(module)
+            width = _attention_width(name, module)
         if width is not None:
             read.append(name)
             carries = learned or any(parameter.requires_grad for parameter in module.parameters())
@@ -131,11 +133,17 @@ def count(model: Any) -> Model:
             weights.append(Weights(module, total, total * shares.get(id(module), 1.0), trained, learned))
         learned = learned or any(parameter.requires_grad for parameter in own)
     for name in called:
-        if not any(f"{one}.".startswith(f"{name}.") or f"{name}.".startswith(f"{one}.") for one in read):
+        if not any(_belong_together(name, one) for one in read):
             raise UncountableError(f"the attention {name} is written in a way that is not known")
     if not weights:
         raise UncountableError("the model has no matrices")
     return Model(weights, attentions)
+
+
+def _belong_together(name: str, other: str) -> bool:
+    """Whether one of two modules lies inside the other, or both are layers of the same."""
+    nested = f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
+    return nested or name.rpartition(".")[0] == other.rpartition(".")[0]
 
 
 def _matrices(name: str, module: Any, shares: Mapping[int, float]) -> Iterator[Any]:
@@ -146,7 +154,8 @@ def _matrices(name: str, module: Any, shares: Mapping[int, float]) -> Iterator[A
     held = {
         key: one for key, one in vars(module)["_parameters"].items() if one is not None and len(_shape(one)) > 1
     }
-    if len(getattr(module, "kernel_size", ())) > 1:
+    kernel = getattr(module, "kernel_size", None)
+    if held and isinstance(kernel, tuple) and len(kernel) > 1:
         raise UncountableError(f"a convolution ({name}) costs more or less with the size of what it is given")
     deepest = max((len(_shape(parameter)) for parameter in held.values()), default=0)
     for key, parameter in held.items():
@@ -179,7 +188,7 @@ def _shares_of_experts(model: Any) -> dict[int, float]:
             raise UncountableError(f"the router {name} does not say how many experts a token is sent to")
         for experts in held:
             share = router.top_k / _number_of(experts, names[id(experts)])
-            shares |= {id(module): share for module in experts.modules()}
+            shares |= {id(module): share for module in experts.modules() if module is not router.module}
     lost = [
         name
         for name, module in modules.items()
@@ -200,11 +209,16 @@ def _experts_near(router: str, modules: Mapping[str, Any]) -> list[Any]:
         found = [
             child
             for key, child in modules[around].named_children()
-            if "expert" in key.lower() and "shared" not in key.lower()
+            if "expert" in key.lower() and "shared" not in key.lower() and _holds_experts(child)
         ]
         if found or not around:
             return found
     return []
+
+
+def _holds_experts(module: Any) -> bool:
+    """Whether a module is more than a norm before the experts or a gate behind them."""
+    return any(True for _ in module.children()) or any(len(_shape(one)) > 2 for one in module.parameters())
 
 
 def _number_of(experts: Any, name: str) -> int:
@@ -228,8 +242,14 @@ def _is_attention(name: str, module: Any) -> bool:
     return any(len(_shape(parameter)) > 1 for parameter in module.parameters())
 
 
-def _attention_width(module: Any) -> int | None:
-    """Width of queries and values together, of an attention that has its projections."""
+def _attention_width(name: str, module: Any) -> int | None:
+    """Width of queries and values together, of an attention that has its projections, or of the last of them.
+
+    The last speaks for an attention that is no module of its own: ``attention_out`` of a block, beside ``attention_in``.
+    """
+    weight = vars(module)["_parameters"].get("weight")
+    if weight is not None and len(_shape(weight)) == 2:
+        return 2 * _shape(weight)[1] if name.endswith(_LAST) else None
     embed = getattr(module, "embed_dim", None)
     if type(module).__name__ == "MultiheadAttention" and isinstance(embed, int):
         return 2 * embed

@@ -173,7 +173,12 @@ class WorkDone:
         """Count the model and watch its modules, in the first step that trains it."""
         import torch
 
-        probe.counted = counted = count(probe.model)
+        try:
+            probe.counted = counted = count(probe.model)
+        except UncountableError:
+            raise
+        except Exception as error:  # a model that is like none before is no fault of the hook
+            raise UncountableError(f"the model cannot be read ({type(error).__name__}: {error})") from error
         hidden = {
             id(inner) for module in probe.model.modules() if is_compiled(module) for inner in module.modules()
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lens.hooks import api, session
 from lens.hooks import work as working
 from lens.hooks.flops import UncountableError, count, work
 from lens.hooks.peaks import dense_peak
+from sample_runs.moe.model import ModelSize, MoeModel
 from tests.hooks.ringside import Recorded
 
 Watch = Callable[..., None]
@@ -192,8 +194,17 @@ class Unrouted(nn.Module):
         self.experts = nn.ModuleList([nn.Linear(4, 4)])
 
 
+def test_the_sample_model_is_counted_as_it_counts_itself() -> None:
+    size = ModelSize()
+    layout = SimpleNamespace(expert_parallel=2)
+    model = MoeModel(size, SimpleNamespace(layout=layout, expert_position=0), 0)  # type: ignore[arg-type]
+    routed = size.layers * size.tokens * size.top_k
+    counted = work(count(model), {(size.tokens, size.sequence): 1}, {})
+    assert counted.model == size.step_flops(routed)
+
+
 REFUSED = {
-    "a convolution": (nn.Sequential(nn.Conv2d(3, 4, 3)), "convolution"),
+    "a convolution": (nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 4, 3)), "convolution"),
     "experts without a router": (Unrouted(), "no router"),
     "nothing to multiply with": (nn.Sequential(nn.LayerNorm(4)), "no matrices"),
 }
