@@ -28,6 +28,7 @@ CAUSES = {
         "Balance batches by the sum of squared sequence lengths (bucketing or packing), so that no rank draws the longest "
         "alone.",
         absorbs=("compute",),
+        brings=("jitter_amplification",),
     ),
 }  # fmt: skip
 

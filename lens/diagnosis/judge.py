@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from lens.diagnosis import (
     balance,
+    bounds,
     cards,
     checkpoints,
     experts,
@@ -28,11 +29,11 @@ from lens.diagnosis.signatures import confirmed
 
 FAMILIES: tuple[type[Family], ...] = (
     cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,
-    stops.Stops, swapping.Swapping,
+    stops.Stops, swapping.Swapping, bounds.Bounds,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
     **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES,
-    **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES, **swapping.CAUSES,
+    **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES, **swapping.CAUSES, **bounds.CAUSES,
 }  # fmt: skip
 
 

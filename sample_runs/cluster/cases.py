@@ -158,7 +158,7 @@ def _has(layout: Layout, needs: str) -> bool:
     return {
         "hosts": layout.hosts > 1, "makes": layout.hosts > 1 and layout.pp == 1, "pp": layout.pp > 1,
         "leaves": layout.hosts > layout.hosts_per_switch, "dp": "dp" in layout.groups(),
-        "inside": layout.ep * layout.tp <= layout.per_host,
+        "many": layout.ranks >= 64, "inside": layout.ep * layout.tp <= layout.per_host,
     }.get(needs, True)  # fmt: skip
 
 

@@ -211,6 +211,11 @@ def _long_sequences(condition: Condition, m: Moment) -> None:
     condition.sequence[m.rows] *= np.exp(m.strength * m.random.standard_normal(len(m.rows)))
 
 
+def _interrupted(condition: Condition, m: Moment) -> None:
+    hit = m.random.random(len(m.rows)) < 0.02
+    condition.pause_s[m.rows] += hit * m.random.exponential(m.strength * m.step_s, len(m.rows))
+
+
 def _more_layers(condition: Condition, m: Moment) -> None:
     condition.compute[m.rows] *= m.strength
 
@@ -336,6 +341,9 @@ FAULTS: dict[str, Kind] = {
     "rank_stuck": Kind("rank_stuck", "rank", 1.0, 1.0, None, "the process loops outside of any collective", ends="stuck", free=True),
     "process_stopped": Kind("process_stopped", "rank", 1.0, 1.0, None, "the process is stopped (SIGSTOP)", ends="stopped", free=True),
     "collective_mismatch": Kind("collective_mismatch", "rank", 1.0, 1.0, None, "it skips a call", ends="skipped", needs="dp", free=True),
+    "jitter_amplification": Kind(
+        "jitter_amplification", "all", 0.5, 1.5, _interrupted, "each of many ranks is interrupted now and then", always=True, needs="many",
+    ),
     "odd_card": Kind("unexplained", "rank", 1.25, 1.8, _odd_card, "the card computes slower and nothing it tells says why (factor)"),
     "odd_pause": Kind("unexplained", "rank", 0.15, 0.5, _odd_pause, "the rank waits for a lock between its phases"),
     "odd_update": Kind("unexplained", "rank", 0.2, 0.4, _odd_update, "the rank's optimizer takes longer"),

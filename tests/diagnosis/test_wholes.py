@@ -50,3 +50,11 @@ def test_uneven_lengths_are_told_where_noise_hides_half_of_them() -> None:
 def test_stages_that_never_wait_for_their_sends_hide_no_slow_rank() -> None:
     (found,) = judged(TWO_STAGES, Fault("slow_device", 45, 3, 1.5), unwaited=True)
     assert (found["cause"], found["ranks"]) == ("slow_device", [3])
+
+
+def test_delays_of_many_ranks_are_information_and_nobody_is_blamed() -> None:
+    cluster = Cluster(Layout(64, ep=8), 70, "clean", (Fault("jitter_amplification", 0),), 3)
+    reply = diagnose(cluster.run(), simulate(cluster).tables)
+    (found,) = reply["hypotheses"]
+    assert (reply["status"], found["cause"], found["ranks"]) == ("healthy", "jitter_amplification", [])
+    assert found["slowdown_pct"] > 10
