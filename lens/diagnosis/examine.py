@@ -55,7 +55,7 @@ class Finding:
     whole: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdict:
     """A finding with what it costs and how its explanations weigh.
 

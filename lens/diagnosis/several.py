@@ -18,7 +18,7 @@ from lens.diagnosis.signatures import confirmed
 if TYPE_CHECKING:
     from lens.diagnosis.examine import Examiner, Verdict
 
-MOST_HIDDEN = 8
+MOST_HIDDEN = 6
 """So many of the largest hidden findings are replayed."""
 UNCONFIRMED_TIMES = 2.0
 """A hidden cause that no other signal confirms must cost this many times as much to be named: its victims and those of
@@ -40,13 +40,18 @@ def settled(run: Examiner, judged: list[Verdict]) -> list[Verdict]:
     told = [v for v in apart if v.ratio is None or v.ratio - 1 >= policy.WORTH_KEEPING]
     faint = sorted((v for v in apart if v not in told), key=lambda v: (-v.share, v.finding.rows))[:MOST_HIDDEN]
     rivals = [v for v in (*told, *faint) if v.share >= policy.SMALLEST_EFFECT]
+    cleared: dict[tuple[int, int], float | None] = {}
     for verdict in faint:
         others = [v for v in rivals if v is not verdict and _overlap(v, verdict)]
         certain = confirmed(verdict.explained[0])
         # Findings that nothing confirms and that cost nothing by themselves do not vouch for each other.
         if not others or not (certain or any(v in told for v in others)) or _robbed(run, verdict, others):
             continue
-        ratio = _without(run, verdict, others)
+        window = int(verdict.after[0]), int(verdict.after[-1])
+        if window not in cleared:
+            cleared[window] = joint_ratio(run, [verdict, *others], verdict.after)
+        before, all_gone = joint_ratio(run, others, verdict.after), cleared[window]
+        ratio = None if before is None or all_gone is None else all_gone / before
         needed = policy.SMALLEST_EFFECT * (1.0 if certain else UNCONFIRMED_TIMES)
         if ratio is not None and ratio - 1 >= needed:
             rows = sorted({row for v in others for row in v.finding.rows} - set(verdict.finding.rows))
@@ -54,9 +59,10 @@ def settled(run: Examiner, judged: list[Verdict]) -> list[Verdict]:
     return told
 
 
-def joint_ratio(run: Examiner, verdicts: list[Verdict]) -> float | None:
-    """Mean step time over what it would be without all of these findings, in the steps of the costliest."""
-    after = max(verdicts, key=lambda v: v.share).after
+def joint_ratio(run: Examiner, verdicts: list[Verdict], after: Ints | None = None) -> float | None:
+    """Mean step time over what it would be without all of these findings, in some steps (those of the costliest where none
+    are given); None without a replay."""
+    after = max(verdicts, key=lambda v: v.share).after if after is None else after
     late, loading = _excess(run, verdicts, after)
     return replay.step_ratio(run.frame, late, after, loading=loading)
 
@@ -90,15 +96,6 @@ def _overlap(one: Verdict, other: Verdict) -> bool:
     """Whether two findings run together for most of the shorter."""
     together = min(int(one.after[-1]), int(other.after[-1])) - max(int(one.after[0]), int(other.after[0])) + 1
     return together >= 0.5 * min(len(one.after), len(other.after))
-
-
-def _without(run: Examiner, verdict: Verdict, others: list[Verdict]) -> float | None:
-    """What a finding costs once the others are repaired; None without a replay."""
-    ratios = []
-    for repaired in (others, [*others, verdict]):
-        late, loading = _excess(run, repaired, verdict.after)
-        ratios.append(replay.step_ratio(run.frame, late, verdict.after, loading=loading))
-    return None if ratios[0] is None or ratios[1] is None else ratios[1] / ratios[0]
 
 
 def _excess(run: Examiner, verdicts: list[Verdict], after: Ints) -> tuple[Floats, Floats]:
