@@ -16,8 +16,9 @@ import numpy as np
 from lens.diagnosis import changes, measures, peers, policy, replay, several, signatures, wholes
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
-from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
+from lens.diagnosis.decompose import Frame
 from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
+from lens.diagnosis.parts import parts_of_step
 from lens.diagnosis.routing import ExpertLoad
 from lens.diagnosis.scenes import Measure, Scene
 from lens.diagnosis.select import Timeline
@@ -26,7 +27,6 @@ from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained, confirmed
 from lens.diagnosis.topology import Topology
 from lens.diagnosis.wholes import Whole
-from lens.slots import NULL
 from lens.tables import Tables
 
 PROPORTIONAL = {"compute"}
@@ -380,33 +380,6 @@ class Examiner:
         return float(np.nanmean(known)) if np.isfinite(known).any() else None
 
 
-def parts_of_step(frame: Frame) -> dict[str, Floats]:
-    """The self times that are watched: compute, data, h2d (copies to the card) and host (what lies between phases and
-    steps)."""
-    parts: dict[str, Floats] = {}
-    compute, data = frame.own_sum(COMPUTE_PHASES), frame.own_sum(LOADING_PHASES)
-    watched = (*COMPUTE_PHASES, *LOADING_PHASES, *COPY_PHASES, *APART_PHASES)
-    named = [name for name in frame.own if name not in watched]
-    if not len(frame.collectives) and not frame.wait:
-        # Without collectives nobody can tell computing from waiting in backward; forward is mostly the rank's own.
-        compute = frame.own.get("forward", compute)
-    if data is not None:
-        parts["data"] = data
-    copies = frame.own_sum(COPY_PHASES)
-    if copies is not None:
-        parts["h2d"] = copies
-    rest = frame.self_time - sum((np.nan_to_num(own) for own in frame.own.values()), np.zeros(frame.shape))
-    rest = np.maximum(rest, 0) + _gaps(frame)
-    rest = rest + sum((np.nan_to_num(frame.own[name]) for name in named), np.zeros(frame.shape))
-    if compute is None:
-        apart = [np.nan_to_num(own) for name, own in frame.own.items()]
-        compute = frame.self_time - sum(apart, np.zeros(frame.shape))
-    else:
-        parts["host"] = rest
-    parts["compute"] = compute
-    return dict(sorted(parts.items()))
-
-
 def _explains(verdict: Verdict, link: LinkVerdict) -> bool:
     """Whether slower transfers come from a rank that is slow itself: it is late in them as in all it does."""
     rows = {row for pair in link.listed for row in (pair.place.rows or pair.place.among)}
@@ -416,16 +389,6 @@ def _explains(verdict: Verdict, link: LinkVerdict) -> bool:
     together = min(until) - max(starts) + 1 >= 0.5 * (min(until[0] - starts[0], until[1] - starts[1]) + 1)
     near = not rows or bool(rows & set(verdict.finding.rows)) or verdict.explained[0].cause == "hot_expert"
     return near and together and verdict.share >= OWN_SHARE * link.share
-
-
-def _gaps(frame: Frame) -> Floats:
-    """Seconds between the end of the step before and the start of each step; 0 where one is missing."""
-    gaps = np.zeros(frame.shape)
-    if frame.shape[0] > 1:
-        known = (frame.start_ns[1:] != NULL) & (frame.end_ns[:-1] != NULL)
-        known &= (np.diff(frame.timeline.steps) == 1)[:, None]
-        gaps[1:][known] = (frame.start_ns[1:][known] - frame.end_ns[:-1][known]) * SECONDS
-    return np.maximum(gaps, 0)
 
 
 def _overlap(a: Change, b: Change, index: int) -> bool:
