@@ -85,3 +85,10 @@ $(PROVE): $(DEV)
 	@echo "installing what is trained besides plain torch: transformers and accelerate, about 150 MB"
 	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" -e '.[prove]'
 	@touch $@
+
+.PHONY: prove-faults prove-calm
+prove-faults: $(DEV) ## real processes stopped, throttled, killed, cut off: cause, rank, seconds? needs root (20 minutes; TRACEML=its command)
+	@$(BIN)/python benchmarks/real_faults.py --out docs/proofs/real_faults.md $(if $(TRACEML),--traceml $(TRACEML)) $(ARGS)
+
+prove-calm: $(DEV) ## slow checkpoints, long evaluations, real compilations: is a run that is well ever called hung? (30 minutes)
+	@$(BIN)/python benchmarks/no_false_hang.py --minutes 30 --out docs/proofs/no_false_hang.md $(ARGS)

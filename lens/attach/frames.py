@@ -97,8 +97,10 @@ class _Memory:
         return int(_WORD.unpack(self.bytes(address, 8))[0])
 
 
-def read(pid: int, version: tuple[int, int]) -> list[ThreadStack]:
+def read(pid: int, version: tuple[int, int], stop: bool = True) -> list[ThreadStack]:
     """The stacks of all threads that run Python, the main thread first.
+
+    stop: whether a thread whose stack never stays the same may be stopped for the millisecond that one reading takes.
 
     Raises:
         UnreadableError: see there; the message is the reason.
@@ -111,7 +113,7 @@ def read(pid: int, version: tuple[int, int]) -> list[ThreadStack]:
     except (LookupError, OSError) as error:
         raise UnreadableError(str(error)) from error
     with _Memory(pid) as memory:
-        reader = _Reader(pid, version, layout, memory, places)
+        reader = _Reader(pid, version, layout, memory, places, stop)
         found = [reader.stack(state) for state in reader.threads()]
     if not found:
         raise UnreadableError("none of its threads runs Python")
@@ -122,8 +124,15 @@ class _Reader:
     """Walks the structures of one interpreter."""
 
     def __init__(
-        self, pid: int, version: tuple[int, int], layout: Layout, memory: _Memory, places: dict[str, int]
+        self,
+        pid: int,
+        version: tuple[int, int],
+        layout: Layout,
+        memory: _Memory,
+        places: dict[str, int],
+        stop: bool,
     ) -> None:
+        self._stop = stop
         self._pid = pid
         self._version = version
         self._layout = layout
@@ -156,7 +165,7 @@ class _Reader:
         native = self._pid if main else self._numbers.get(native)
         with contextlib.ExitStack() as until_read:
             raw = self._settled(state)
-            if raw is None and native is not None:
+            if raw is None and native is not None and self._stop:
                 try:
                     until_read.enter_context(StoppedThread(native, _STOP_PATIENCE_S))
                     raw = tuple(self._walk(state))

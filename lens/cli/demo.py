@@ -11,6 +11,13 @@ cards; everything that is simulated says so. Ctrl-C ends every process. Faults a
     lens demo --fault checkpoint@40:0       rank 0's checkpoints go to a slow disk; without :0 all ranks' do
     lens demo --fault leak@40:3             rank 3 keeps a part of each step's data in host memory
     lens demo --fault thermal@40:1          rank 1's card is too hot and clocks down; the rank computes as slowly
+    lens demo --fault collapse@40           all routers send each token to the same experts
+    lens demo --fault stop@40:2             rank 2's process is stopped for 3 s
+    lens demo --fault quota@40:1            rank 1's control group halves its processor time (needs root)
+    lens demo --fault hog@40:3              four other busy processes run on rank 3's core
+    lens demo --fault worker_death@40:0     a worker of rank 0's loader is killed; killed@40:0 kills rank 0
+    lens demo --fault skip@40:2             rank 2 leaves out one collective; shape@40:2 calls it with fewer numbers
+    lens demo --fault stuck@40:1            rank 1 never comes out of its own code
 """
 
 from __future__ import annotations

@@ -234,6 +234,10 @@ class HostedRun:
         since = collective or phase
         if since:
             attrs["since_ns"] = self.spool.anchor.unix(since["t0"])
+        # In nothing that is recorded: it has been there since the last call that it left.
+        place = since["t0"] if since else last["t1"] if last else 0
+        if place > 0 and not process.ended and (stack := process.whereabouts.stack(place, time.monotonic_ns())):
+            attrs["stack"] = stack
         if step is not None:
             attrs["step"] = step
         self.ring.event("heartbeat", "", rank=process.rank, step=step, attrs=attrs)

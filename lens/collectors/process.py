@@ -42,7 +42,6 @@ class ProcessCollector(Collector):
         self._targets = targets
         self._root = root
         self._cpu_before: dict[int, tuple[float, int]] = {}
-        self._groups: dict[int, cgroup.ControlGroup | None] = {}
 
     def probe(self) -> Probe:
         """Whether there is a /proc to read."""
@@ -57,7 +56,6 @@ class ProcessCollector(Collector):
         targets = self._targets()
         living = {target.pid for target in targets}
         self._cpu_before = {pid: value for pid, value in self._cpu_before.items() if pid in living}
-        self._groups = {pid: value for pid, value in self._groups.items() if pid in living}
         readings = []
         for target in targets:
             t_ns = time.monotonic_ns()
@@ -84,9 +82,8 @@ class ProcessCollector(Collector):
         return values
 
     def _container(self, pid: int) -> Values:
-        if pid not in self._groups:
-            self._groups[pid] = cgroup.find(pid, self._root)
-        group = self._groups[pid]
+        # Looked up anew each time: a process can be moved to another group, and that may be the one with the quota.
+        group = cgroup.find(pid, self._root)
         return [(name, value, {}) for name, value in cgroup.read(group).items()] if group else []
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lens.collectors.exits import ExitStatus, ProcessWatch
 from lens.collectors.spool import directory_name
+from lens.collectors.whereabouts import Whereabouts
 from lens.ring_reader import RingError, RingReader, write_control
 from lens.slots import EVENT, RingPart, iter_records
 
@@ -55,6 +56,7 @@ class TrackedProcess:
         pid, ticks = _identity(directory, about)
         self.pid = pid
         self.watch = ProcessWatch(pid, ticks)
+        self.whereabouts = Whereabouts(pid)
         self.readers: dict[str, RingReader] = {}
         self.ended = False
         self.exit_status: ExitStatus | None = None

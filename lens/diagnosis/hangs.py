@@ -26,6 +26,8 @@ from lens.tables import Tables
 FRAME = re.compile(r"(?P<file>[\w./<>-]+\.py)\W+(?:line )?(?P<line>\d+)\W*(?:in )?(?P<name>[\w.<>]+)?")
 SILENT_BEATS = 4
 """Heartbeats that must be missing in a row before a rank counts as silent."""
+NOT_THEIRS = ("site-packages/", "dist-packages/", "/lib/python", "<frozen")
+"""Parts of a path of code that is not the user's own: the line to look at lies outside of it."""
 COMPILING = ("torch/_dynamo", "torch/_inductor", "triton/compiler")
 """Parts of a path in a stack that say a rank compiles."""
 WORKING_CPU = 0.2
@@ -114,11 +116,13 @@ def now_ns(tables: Tables) -> int | None:
 
 
 def source_line(stack: Any) -> str | None:
-    """The innermost line of a stack (text, or a list of frames), as short as it can be read: "train.py:41 in load"."""
+    """The innermost line of a stack (text, or a list of frames) that is the user's own, else of all, as short as it can
+    be read: "train.py:41 in load"."""
     frames = stack.strip().splitlines() if isinstance(stack, str) else stack
     if not isinstance(frames, list) or not frames:
         return None
-    for frame in reversed(frames):
+    own = [frame for frame in frames if not any(part in json.dumps(frame) for part in NOT_THEIRS)]
+    for frame in reversed([*frames, *own]):
         if isinstance(frame, Mapping):
             file, line, name = (frame.get(key) for key in ("file", "line", "name"))
             return f"{str(file).rsplit('/', 1)[-1]}:{line} in {name}"

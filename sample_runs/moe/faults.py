@@ -10,8 +10,19 @@
 | checkpoint | its checkpoints go to a slow disk: each takes as long as FACTOR steps took before | 20 |
 | leak | it keeps FACTOR MiB of each step in host memory for ever | 2 |
 | thermal | its simulated card is too hot and clocks down, and it computes as slowly as the card says | - |
+| collapse | all routers get a bias by which each token goes to the same experts, as many as a token has | 20 |
+| stop | its process is stopped (SIGSTOP) for FACTOR seconds, once | 3 |
+| quota | its control group gives it 1/FACTOR of the processor time that it used before (needs root) | 2 |
+| hog | FACTOR other busy processes run on its core; all ranks are dealt out over the cores in order | 4 |
+| link | its interface sends so slowly that a step's bytes take as long as FACTOR steps (`tc`; needs a namespace) | 2 |
+| worker_death | a worker of its loader is killed | - |
+| killed | its process is killed | - |
+| skip | it leaves out one collective | - |
+| shape | it calls one collective with fewer numbers than the others | - |
+| stuck | it never comes out of its own code | - |
 
-``checkpoint@STEP`` without a rank is a slow disk below all ranks. Every rank has experts at the same place of its
+The last ten befall the process (`process_faults`). ``checkpoint@STEP`` without a rank is a slow disk below all ranks;
+``collapse@STEP`` needs none. Every rank has experts at the same place of its
 expert parallel group as some others, so a hot expert burdens all of these (`Fault.ranks`).
 """
 
@@ -22,6 +33,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +44,7 @@ from typing import Any
 import torch
 
 from sample_runs.moe.card import Card
+from sample_runs.moe.process_faults import ProcessFaults, own_core, stand_still
 
 DEFAULT_FACTORS = {
     "slow_compute": 2.0,
@@ -42,6 +55,16 @@ DEFAULT_FACTORS = {
     "checkpoint": 20.0,
     "leak": 2.0,
     "thermal": math.nan,
+    "collapse": 20.0,
+    "stop": 3.0,
+    "quota": 2.0,
+    "hog": 4.0,
+    "link": 2.0,
+    "worker_death": math.nan,
+    "killed": math.nan,
+    "skip": math.nan,
+    "shape": math.nan,
+    "stuck": math.nan,
 }
 RECORDS = 15_000
 """Records that the gc fault makes a step: enough for a collection of all generations every few steps."""
@@ -50,7 +73,7 @@ ROW_SECONDS = 15e-6
 _DISK_BLOCK_BYTES = 256 * 1024
 _MIB = 1024 * 1024
 _SPELLING = re.compile(r"(?P<name>\w+)@(?P<step>\d+)(?::(?P<rank>\d+))?(?:x(?P<factor>[\d.]+))?")
-_OF_ALL_RANKS = ("checkpoint",)
+_OF_ALL_RANKS = ("checkpoint", "collapse")
 
 
 @dataclass(frozen=True)
@@ -79,9 +102,13 @@ class Fault:
         return cls(name, int(found["step"]), None if found["rank"] is None else int(found["rank"]), factor)
 
     def ranks(self, world: int, expert_parallel: int) -> list[int]:
-        """Where the cause sits: the ranks that a true verdict names."""
+        """Where the cause sits: the ranks that a true verdict names; none where all routers are told the same."""
+        if self.name == "collapse":
+            return []
         if self.rank is None:
             return list(range(world))
+        if self.name == "hog":
+            return [rank for rank in range(world) if own_core(rank, world) == own_core(self.rank, world)]
         if self.name == "hot_expert":
             return list(range(self.rank % expert_parallel, world, expert_parallel))
         return [self.rank]
@@ -90,10 +117,13 @@ class Fault:
 class Faults:
     """The faults of one rank."""
 
-    def __init__(self, faults: list[Fault], rank: int, batch: int, workers: int) -> None:
+    def __init__(self, faults: list[Fault], rank: int, batch: int, workers: int, world: int = 1) -> None:
+        self._rank = rank
         self._own = {fault.name: fault for fault in faults if fault.rank in (rank, None)}
-        self.hot_expert = next((fault for fault in faults if fault.name == "hot_expert"), None)
-        """Felt by the routers of all ranks."""
+        # Felt by the routers of all ranks.
+        everywhere = {fault.name: fault for fault in faults}
+        self.hot_expert, self.collapse = everywhere.get("hot_expert"), everywhere.get("collapse")
+        self._process = ProcessFaults(self._own, set(everywhere), rank, world)
         self.pace = Pace(ROW_SECONDS if self.hot_expert else 0.0)
         # Shared with the loader's workers, which prefetch in processes of their own.
         self.sample_seconds = torch.zeros((), dtype=torch.float64).share_memory_()
@@ -106,7 +136,12 @@ class Faults:
 
     def begin_step(self, step: int) -> None:
         """Let faults that begin at this step take effect."""
+        for fault in self._own.values():
+            if step == fault.step:
+                said = f"fault {fault.name} on rank {self._rank} at step {step}, {time.time():.3f}"
+                print(said, file=sys.stderr, flush=True)
         self._learn_pace(step)
+        self._process.begin_step(step)
         slow, hot = self._own.get("slow_compute"), self._own.get("thermal")
         if slow and step == slow.step:
             self._card.suffer(clock_factor=1 / slow.factor)
@@ -125,6 +160,14 @@ class Faults:
         nan = self._own.get("nan")
         return loss * math.nan if nan and step == nan.step else loss
 
+    def out_of_line(self, step: int, totals: torch.Tensor) -> torch.Tensor | None:
+        """What this rank hands to the step's last collective: the totals, too few of them, or nothing at all."""
+        if self._begins("stuck", step):
+            stand_still()
+        if self._begins("skip", step):
+            return None
+        return totals[:-1].clone() if self._begins("shape", step) else totals
+
     def slow_loader_from(self) -> int | None:
         """First step whose batch is slow to load; None when the loader keeps its pace."""
         slow = self._own.get("slow_loader")
@@ -139,8 +182,13 @@ class Faults:
         write_slowly(path, content, slow.factor * statistics.median(self._took))
 
     def end(self) -> None:
-        """Give the simulated card its health back."""
+        """Give the simulated card its health back, and the process its freedom."""
         self._card.recover()
+        self._process.end()
+
+    def _begins(self, name: str, step: int) -> bool:
+        fault = self._own.get(name)
+        return fault is not None and fault.step == step
 
     def _active(self, name: str, step: int) -> Fault | None:
         fault = self._own.get(name)

@@ -7,8 +7,11 @@ pass through the residual stream only.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +111,24 @@ class MoeModel(nn.Module):
         for block in self.blocks:
             block.experts.favour(position, times)
 
+    def collapse_routers(self, bias: float) -> None:
+        """Let every router prefer the same experts by so much (in logits): one of each owner, in turn."""
+        for block in self.blocks:
+            block.experts.collapse(bias)
+
+    @contextlib.contextmanager
+    def compiling(self, number: int) -> Iterator[None]:
+        """A forward pass that compiles attention from nothing. number: another one than at any compilation before."""
+        from torch._inductor.utils import fresh_cache
+
+        torch.compiler.reset()
+        # A constant of the code: what was compiled before does not fit, as where a shape has changed.
+        gain = 1 + number * 1e-9
+        for block in self.blocks:
+            block.compiled = torch.compile(partial(_attend, block, gain))
+        with fresh_cache():
+            yield
+
     def expert_parameters(self) -> list[nn.Parameter]:
         """Parameters of which this rank holds its own part."""
         return [parameter for block in self.blocks for parameter in (block.experts.up, block.experts.down)]
@@ -116,6 +137,10 @@ class MoeModel(nn.Module):
         """Parameters that every rank holds alike."""
         own = {id(parameter) for parameter in self.expert_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
+
+def _attend(block: Block, gain: float, hidden: Tensor) -> Tensor:
+    return block.attend(hidden * gain)
 
 
 class Block(nn.Module):
@@ -129,13 +154,15 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(size.width, size.width, bias=False)
         self.experts_norm = nn.LayerNorm(size.width)
         self.experts = Experts(size, ranks, seed)
+        self.compiled: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self._attend(self.attention_norm(hidden))
+        hidden = hidden + (self.compiled or self.attend)(self.attention_norm(hidden))
         mixed, balance = self.experts(self.experts_norm(hidden).flatten(0, 1))
         return hidden + mixed.view_as(hidden), balance
 
-    def _attend(self, hidden: Tensor) -> Tensor:
+    def attend(self, hidden: Tensor) -> Tensor:
+        """Causal attention for [batch, sequence, width], operation by operation."""
         batch, sequence, width = hidden.shape
         shape = (batch, sequence, 3, self.heads, width // self.heads)
         query, key, value = self.attention_in(hidden).view(shape).permute(2, 0, 3, 1, 4)
@@ -158,6 +185,7 @@ class Experts(nn.Module):
         self.down = _drawn(size.expert_hidden, size.width, first, self.own, seed * 1000 + 500)
         self.routing = Routing([0] * size.experts, 0, 0)
         self.favoured: tuple[slice, float] | None = None
+        self.bias = torch.zeros(size.experts)
 
     def favour(self, position: int, times: float) -> None:
         """Let the experts at a position of the expert parallel group have `times` their even share of the tokens."""
@@ -166,9 +194,13 @@ class Experts(nn.Module):
         made = (times - 1) * even / (1 - even)
         self.favoured = slice(position * self.own, (position + 1) * self.own), min(1.0, made)
 
+    def collapse(self, bias: float) -> None:
+        """Prefer as many experts as a token has, spread over their owners."""
+        self.bias[:: -(-self.size.experts // self.size.top_k)] = bias
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The experts' weighted answers for tokens [n, width], and the balance loss (1 = even)."""
-        probabilities = functional.softmax(self.router(tokens), dim=-1)
+        probabilities = functional.softmax(self.router(tokens) + self.bias, dim=-1)
         choice = self._preferred(probabilities).topk(self.size.top_k, dim=-1).indices
         weights = probabilities.gather(-1, choice)
         weights = weights / weights.sum(dim=-1, keepdim=True)

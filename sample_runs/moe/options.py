@@ -42,6 +42,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-workers", type=int, default=1, help="loader processes a rank (default %(default)s)")
     add("--checkpoint-every", type=int, default=50, metavar="STEPS", help="0 never (default %(default)s)")
     add("--eval-every", type=int, default=50, metavar="STEPS", help="0 never (default %(default)s)")
+    add("--eval-batches", type=int, default=4, help="batches of each evaluation (default %(default)s)")
+    add(
+        "--compile-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="compile attention anew for a step, as a run whose shapes change does; 0 never (default %(default)s)",
+    )
     add("--print-every", type=int, default=10, metavar="STEPS", help="0 never (default %(default)s)")
     add("--out", type=Path, default=Path("moe-out"), help="folder for checkpoints (default %(default)s)")
     add("--losses", type=Path, default=None, help="write each rank's local losses to FILE.<rank>, exactly")
@@ -52,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="NAME@STEP:RANK",
         help=f"break a rank from a step on: {', '.join(DEFAULT_FACTORS)}; may be repeated; xFACTOR sets how much; "
-        "hot_expert drops no token; checkpoint@STEP without a rank is a slow disk below all",
+        "hot_expert drops no token; checkpoint@STEP without a rank is a slow disk below all; collapse@STEP needs no rank",
     )
     add("--hosts", type=int, default=1, help="hosts that the ranks play (default: this one)")
     add(

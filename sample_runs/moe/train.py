@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -25,7 +26,6 @@ from sample_runs.moe.volume import BUCKET_BYTES
 BALANCE_WEIGHT = 0.01
 GRADIENT_LIMIT = 1.0
 WARM_UP_STEPS = 10
-EVALUATION_BATCHES = 4
 
 
 def main(options: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ class Trainer:
             capacity_factor=None if options.dropless else options.capacity_factor,
         )
         self.layout = Layout(world, options.expert_parallel or min(2, world), options.experts)
-        self.faults = Faults(options.fault, rank, options.batch, options.data_workers)
+        self.faults = Faults(options.fault, rank, options.batch, options.data_workers, world)
         self.ranks = Ranks(self.layout, rank, self.faults.pace)
         self.model = MoeModel(self.size, self.ranks, options.seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.learning_rate, fused=True)
@@ -105,7 +105,9 @@ class Trainer:
         self._begin_faults(step)
         rate = self._set_learning_rate(step)
         with self.lens.phase("forward"), self.faults.pace.working():
-            own_loss, balance = self.model(batch)
+            compiling = due(step, self.options.compile_every)
+            with self.model.compiling(step) if compiling else contextlib.nullcontext():
+                own_loss, balance = self.model(batch)
             own_loss = self.faults.spoil_loss(step, own_loss)
         with self.lens.phase("backward"):
             with self.faults.pace.working():
@@ -114,7 +116,7 @@ class Trainer:
             self.dense.reduce(self.ranks, None, self.world)
             self.expert.reduce(self.ranks, self.ranks.dp_group, self.world)
         with self.lens.phase("optimizer"):
-            loss, gradient_norm, stopping = self._totals(own_loss)
+            loss, gradient_norm, stopping = self._totals(step, own_loss)
             self._update(step, gradient_norm)
         with self.lens.phase("logging"):
             self.losses.append(own_loss.item())
@@ -127,10 +129,13 @@ class Trainer:
         hot = self.faults.hot_expert
         if hot and hot.rank is not None and step == hot.step:
             self.model.favour_experts(hot.rank % self.layout.expert_parallel, hot.factor)
+        collapse = self.faults.collapse
+        if collapse and step == collapse.step:
+            self.model.collapse_routers(collapse.factor)
 
     def evaluate(self) -> float:
         """Mean loss on held-out text, over all ranks."""
-        count = EVALUATION_BATCHES * self.size.batch
+        count = self.options.eval_batches * self.size.batch
         windows = data.Windows(
             self.held_out, length=self.size.sequence + 1, count=count, seed=self.options.seed, rank=self.rank
         )
@@ -203,12 +208,14 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _totals(self, own_loss: Tensor) -> tuple[float, float, bool]:
+    def _totals(self, step: int, own_loss: Tensor) -> tuple[float, float, bool]:
         """Loss and gradient norm of the whole model, and whether any rank wishes to stop."""
         # Each expert's gradient is held by every rank of a data parallel group: count it once.
         expert_square = self.expert.square() / self.layout.data_parallel
         totals = torch.tensor([own_loss.item(), expert_square, float(self.stop.wished)], dtype=torch.float64)
-        self.ranks.all_reduce(totals)
+        handed = self.faults.out_of_line(step, totals)
+        if handed is not None:
+            self.ranks.all_reduce(handed)
         loss, expert_square, wishes = totals.tolist()
         return loss / self.world, math.sqrt(self.dense.square() + expert_square), wishes > 0
 

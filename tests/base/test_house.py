@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     **dict.fromkeys(COLUMNS, BASE),
     "hooks": BASE,
-    "collectors": BASE,
+    "collectors": BASE | {"attach"},
     "attach": BASE | {"hooks"},
     "diagnosis": BASE | COLUMNS,
     "traces": BASE | COLUMNS,

@@ -122,6 +122,18 @@ def test_throttled_time_and_memory_come_from_either_version_of_control_groups(tm
     }
 
 
+def test_a_process_that_is_moved_is_read_in_its_new_group(tmp_path: Path) -> None:
+    (tmp_path / "proc/9").mkdir(parents=True)
+    for group, throttled in (("free", 0), ("limited", 2_000_000)):
+        (tmp_path / "sys/fs/cgroup" / group).mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup" / group / "cpu.stat").write_text(f"throttled_usec {throttled}\n")
+    (tmp_path / "sys/fs/cgroup/cgroup.controllers").write_text("cpu")
+    collector = ProcessCollector(lambda: [Target(9, 0)], tmp_path)
+    for group, throttled in (("free", 0.0), ("limited", 2.0)):
+        (tmp_path / "proc/9/cgroup").write_text(f"0::/{group}\n")
+        assert values(collector.read("container")) == {"container.cpu.throttled.time": throttled}
+
+
 def test_without_control_groups_there_are_no_container_metrics(tmp_path: Path) -> None:
     (tmp_path / "proc/9").mkdir(parents=True)
     (tmp_path / "proc/9/cgroup").write_text("0::/\n")

@@ -255,3 +255,22 @@ def test_a_hang_of_sixteen_thousand_ranks_costs_little_more_than_their_records()
 
     small = max(cost(2048), cost(2048))
     assert cost(16_384) < 24 * small
+
+
+def test_the_line_to_look_at_is_the_innermost_of_the_users_own_code() -> None:
+    records = hanging(8, {**WAITING, 1: "running"}, {r: {"seq": 900, "group": "world/0"} for r in (0, 2, 3)})
+    frames = [
+        ("train.py", 12, "main"),
+        ("/job/data.py", 41, "fetch"),
+        ("/usr/lib/python3.11/socket.py", 706, "recv"),
+    ]
+    stack = [{"file": file, "line": line, "name": name} for file, line, name in frames]
+    standing = event("heartbeat", END + 8.5, 1, state="running", step=60, stack=stack)
+    assert "It is at data.py:41 in fetch. Look at that line." in told(judged(*records, standing))
+    only = event("heartbeat", END + 8.5, 1, state="running", step=60, stack=stack[2:])
+    assert "It is at socket.py:706 in recv." in told(judged(*records, only))
+
+
+def told(reply: dict[str, Any]) -> str:
+    recommendation: str = reply["hypotheses"][0]["recommendation"]
+    return recommendation

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lens.collectors.simulated.cards import SimulatedCards
 from sample_runs.moe import options
 from sample_runs.moe.card import Card
 from sample_runs.moe.faults import Fault, Faults, write_slowly
+from sample_runs.moe.model import Experts, ModelSize
+from sample_runs.moe.parallel import Layout
+from sample_runs.moe.process_faults import Quota, Uplink
 from tests.hooks.ringside import Recorded, read_rings
 from tests.sample_runs.running import train
 
@@ -208,3 +215,65 @@ def test_a_hot_expert_s_cause_sits_on_all_its_owners() -> None:
     assert Fault.parse("hot_expert@4:3").ranks(world=8, expert_parallel=4) == [3, 7]
     assert Fault.parse("gc@4:3").ranks(world=8, expert_parallel=4) == [3]
     assert Fault.parse("checkpoint@4").ranks(world=2, expert_parallel=2) == [0, 1]
+
+
+def test_a_stopped_process_stands_still_and_goes_on() -> None:
+    code = "from sample_runs.moe import process_faults as pf; pf.stop_for(0.5).wait(); print('on')"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    states = set()
+    while child.poll() is None:
+        states.add(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0])
+        time.sleep(0.01)
+    assert "T" in states
+    assert child.stdout is not None
+    assert (child.returncode, child.stdout.read()) == (0, "on\n")
+
+
+def test_a_killed_process_and_a_killed_loader_worker_end_by_the_signal() -> None:
+    faults = Faults([Fault.parse("worker_death@3:0")], rank=0, batch=4, workers=1)
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    faults.begin_step(3)
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    code = "from sample_runs.moe.faults import *; Faults([Fault.parse('killed@0:0')], 0, 4, 1).begin_step(0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+
+
+def test_a_rank_out_of_line_hands_in_nothing_or_too_little_at_its_step_alone() -> None:
+    totals = torch.arange(3.0)
+    for name, handed in (("skip", None), ("shape", [0.0, 1.0])):
+        faults = Faults([Fault.parse(f"{name}@5:1")], rank=1, batch=4, workers=1)
+        assert faults.out_of_line(4, totals) is totals
+        said = faults.out_of_line(5, totals)
+        assert (None if said is None else said.tolist()) == handed
+        assert Faults([Fault.parse(f"{name}@5:1")], rank=0, batch=4, workers=1).out_of_line(5, totals) is totals
+
+
+def test_what_the_system_does_not_let_be_done_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="control groups"):
+        Quota(tmp_path)
+    assert list(tmp_path.rglob("lens-quota-*")) == []
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    with pytest.raises(ValueError, match="namespaces of their own"):
+        Uplink()
+
+
+def test_collapsed_routers_send_every_token_to_one_expert_of_each_owner() -> None:
+    size = ModelSize(experts=8, top_k=2)
+    alone = SimpleNamespace(
+        layout=Layout(1, 1, 8), expert_position=0, exchange_counts=lambda kept: kept,
+        all_to_all=lambda rows, leave, arrive: rows, on_card=lambda rows: rows,
+    )  # fmt: skip
+    experts = Experts(size, alone, seed=0)  # type: ignore[arg-type]
+    experts.collapse(20.0)
+    experts(torch.randn(size.tokens, size.width))
+    assert experts.routing.counts == [size.tokens, 0, 0, 0, size.tokens, 0, 0, 0]
+
+
+def test_other_processes_on_a_core_crowd_out_all_ranks_of_that_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert Fault.parse("hog@9:3").ranks(4, 2) == [2, 3]
+    assert Fault.parse("collapse@9").ranks(4, 2) == []
