@@ -17,11 +17,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lens.hooks.api import data, detach, enabled, expert_tokens, log, phase, profile, request, step, watch
+    from lens.hooks.api import (
+        attachable,
+        data,
+        detach,
+        enabled,
+        expert_tokens,
+        log,
+        phase,
+        profile,
+        request,
+        step,
+        watch,
+    )
     from lens.reading import StoredRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "attachable",
     "data",
     "detach",
     "enabled",

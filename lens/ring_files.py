@@ -50,6 +50,16 @@ def host_directory(settings: Settings) -> Path:
     return settings.rings / (settings.host.replace("/", "_") or "host")
 
 
+def door_place(settings: Settings, pid: int) -> Path:
+    """Where the socket of a process is by which it lets others in; its start stands in the name, since numbers of
+    processes are used again.
+
+    Raises:
+        OSError: no such process.
+    """
+    return settings.rings / f"door-{pid}-{start_ticks(pid)}.sock"
+
+
 def allocate(path: Path, size: int) -> mmap.mmap:
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.attach import inject, payload, preflight
+from lens.attach import inject, payload, preflight, ways
 from lens.attach.ptrace import TraceError
+from lens.attach.ways import Way
 from lens.ring_files import host_directory, private_directory
 from lens.ring_reader import RingError, RingReader, write_control
 from lens.settings import Settings
@@ -42,35 +43,59 @@ class Outcome:
     took_s: float | None = None
 
 
-def attach(pid: int, settings: Settings, patience_s: float) -> Outcome:
+def attach(pid: int, settings: Settings, patience_s: float, way: Way | None = None) -> Outcome:
     """Let the hooks of a running process begin; waits for them so many seconds. Never raises for what the target does.
+
+    Args:
+        way: how it is entered; default: see `ways.choose`.
 
     Raises:
         RecorderError: the place of the rings cannot be used.
     """
     began = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="attach-", dir=private_directory(settings.rings)))
-    report = folder / "report.json"
+    way = way or ways.choose(preflight.look(pid), settings)
     wanted = {
         "run": settings.run, "name": settings.name, "rings": str(settings.rings.absolute()),
         "data": str(settings.data.absolute()), "server": settings.server, "agent": False,
     }  # fmt: skip
+    known = {key: value for key, value in wanted.items() if value is not None}
     try:
-        if not preflight.sees(pid, folder):
-            raise LookupError(f"it sees another {settings.rings} than we do: attach inside its container")
-        line = payload.line(report, {key: value for key, value in wanted.items() if value is not None}, _attacher())
-        stopped = inject.run_line(pid, line)
-        answer = _answer(pid, report, began + patience_s)
+        stopped, answer = (_by_door if way is ways.DOOR else _by_line)(pid, settings, known, patience_s, way)
     except (TraceError, LookupError, OSError) as error:
         return Outcome(pid, "failed", str(error))
-    finally:
-        # A target that is late writes into a folder that is gone, and takes no harm.
-        shutil.rmtree(folder, ignore_errors=True)
     ring = answer.get("ring")
     return Outcome(
         pid, answer["state"], answer["text"], answer.get("rank"), Path(ring) if ring else None,
-        stopped.stopped_s * 1e3, time.monotonic() - began,
+        None if stopped is None else stopped * 1e3, time.monotonic() - began,
     )  # fmt: skip
+
+
+def _by_line(
+    pid: int, settings: Settings, wanted: Mapping[str, Any], patience_s: float, way: Way
+) -> tuple[float | None, Mapping[str, Any]]:
+    """Let it run a line that loads the payload, and read its report."""
+    deadline = time.monotonic() + patience_s
+    folder = Path(tempfile.mkdtemp(prefix="attach-", dir=private_directory(settings.rings)))
+    report = folder / "report.json"
+    try:
+        if not preflight.sees(pid, folder):
+            raise LookupError(f"it sees another {settings.rings} than we do: attach inside its container")
+        stopped = way.run_line(pid, payload.line(report, wanted, _attacher()), settings)
+        return stopped, _answer(pid, report, deadline)
+    finally:
+        # A target that is late writes into a folder that is gone, and takes no harm.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _by_door(
+    pid: int, settings: Settings, wanted: Mapping[str, Any], patience_s: float, _: Way
+) -> tuple[float | None, Mapping[str, Any]]:
+    """Ask at the socket that it has opened; it does not stand still."""
+    answer: Mapping[str, Any] = {"state": "waiting", "text": "it has not answered"}
+    asked = {"ask": "attach", "settings": wanted, "attacher": _attacher()}
+    for told in ways.ask_at_door(pid, settings, asked, patience_s):
+        answer = told
+    return None, answer
 
 
 def rings_of(pid: int, settings: Settings) -> list[Path]:

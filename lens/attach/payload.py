@@ -51,11 +51,7 @@ def boot(report: str, settings: str, attacher: str) -> None:
         if sys.modules.get("torch") is None:
             said.write("failed", "torch is not loaded in it")
             return
-        api = _load_lens()
-        if api.enabled():
-            said.write("already", "it is watched already")
-            return
-        _begin(api, json.loads(settings), attacher, said)
+        _load_lens().begin(json.loads(settings), attacher, said.write)
     except BaseException as error:
         said.write("failed", f"{type(error).__name__}: {error}")
 
@@ -78,30 +74,6 @@ class Report:
             pass
 
 
-def _begin(api: Any, values: Mapping[str, Any], attacher: str, said: Report) -> None:
-    from lens.hooks.automatic import at_next_backward
-    from lens.settings import Settings
-
-    def begin() -> None:
-        try:
-            api.watch_running(settings)
-            found = api.recording()
-            if found is None:
-                said.write("failed", "it cannot record here; its standard error says why")
-                return
-            said.write("watching", "", ring=str(found["ring"]), rank=found["rank"], run=found["run"])
-            if sys.stderr is not None:
-                print(
-                    f"lens: attached by {attacher}; lens detach {os.getpid()} ends it", file=sys.stderr, flush=True
-                )
-        except BaseException as error:
-            said.write("failed", f"{type(error).__name__}: {error}")
-
-    settings = Settings.load(**values)
-    said.write("waiting", "it has not begun a backward pass since")
-    at_next_backward(begin)
-
-
 def _load_lens() -> Any:
     """The package that this file belongs to, wherever the target's path leads.
 
@@ -120,6 +92,6 @@ def _load_lens() -> Any:
         spec.loader.exec_module(loaded)
     elif Path(getattr(loaded, "__file__", None) or "/").resolve() != entry:
         raise ImportError(f"it has another module called lens ({getattr(loaded, '__file__', 'built in')})")
-    from lens.hooks import api
+    from lens.hooks import entering
 
-    return api
+    return entering

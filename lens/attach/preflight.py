@@ -18,6 +18,8 @@ from lens.attach.privilege import CAP_SYS_PTRACE
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 """Versions of CPython whose pending calls run in the main thread as soon as it runs Python code."""
+REMOTE = (3, 14)
+"""From this version on an interpreter runs a script that another process of the same version names."""
 MACHINES = ("x86_64",)
 STATES = {
     "R": "running",
@@ -59,6 +61,8 @@ class Facts:
     """Whether its environment says LENS_ATTACH=0."""
     readable: bool = True
     """Whether its memory map could be read."""
+    own_version: tuple[int, int] = (sys.version_info[0], sys.version_info[1])
+    """Of the interpreter that we run in."""
     sees_lens: bool = True
     """Whether this installation of lens lies in the file system that it sees."""
     inner_pid: int | None = None
@@ -208,7 +212,7 @@ def _readable(facts: Facts) -> Refusal | None:
 
 
 def _machine(facts: Facts) -> Refusal | None:
-    if facts.machine in MACHINES:
+    if facts.machine in MACHINES or _asks_in(facts):
         return None
     return Refusal("architecture", f"attaching is not written for {facts.machine} yet", _next_time(facts))
 
@@ -227,6 +231,17 @@ def _supported(facts: Facts) -> Refusal | None:
     version = facts.version
     if version is None or OLDEST <= version <= NEWEST:
         return None
+    if _asks_in(facts):
+        same = f"python{version[0]}.{version[1]}"
+        return (
+            None
+            if version == facts.own_version
+            else Refusal(
+                "Python version",
+                f"process {facts.pid} runs Python {version[0]}.{version[1]}, which only lets its own version in",
+                f"{same} -m pip install mistrallens; {same} -m lens attach {facts.pid}",
+            )
+        )
     known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     return Refusal(
         "Python version",
@@ -236,7 +251,7 @@ def _supported(facts: Facts) -> Refusal | None:
 
 
 def _symbols(facts: Facts) -> Refusal | None:
-    if facts.symbols:
+    if facts.symbols or _asks_in(facts):
         return None
     return Refusal(
         "no symbols",
@@ -253,6 +268,11 @@ def _same_numbers(facts: Facts) -> Refusal | None:
         f"process {facts.pid} runs in a container, where it is process {facts.inner_pid}",
         f"inside its container: pip install mistrallens && lens attach {facts.inner_pid}",
     )
+
+
+def _asks_in(facts: Facts) -> bool:
+    """Whether its interpreter lets others in by itself (`sys.remote_exec`)."""
+    return facts.version is not None and facts.version >= REMOTE
 
 
 def _visible(facts: Facts) -> Refusal | None:
@@ -272,6 +292,12 @@ RULES: tuple[Rule, ...] = (
 """In the order in which they are asked: what a person must settle first comes first."""
 READING_RULES: tuple[Rule, ...] = (_exists, _allowed, _same_user, _yama, _readable, _python)
 """What forbids reading its memory: a process that is stopped or traced can be read."""
+OBSERVING_RULES: tuple[Rule, ...] = (_exists,)
+"""What forbids looking at it from outside, as any tool may."""
+DOOR_RULES: tuple[Rule, ...] = (_exists, _allowed, _same_user, _not_stopped)
+"""What forbids coming in by the socket that a process has opened itself."""
+GDB_RULES: tuple[Rule, ...] = tuple(rule for rule in RULES if rule is not _machine)
+"""gdb knows the processors that we do not."""
 
 
 def said(facts: Facts) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import time
+from signal import SIGTRAP
 from types import TracebackType
 
 from lens.attach import x86_64 as machine
@@ -14,6 +15,7 @@ _SEIZE, _INTERRUPT, _CONTINUE, _SINGLE_STEP, _DETACH = 0x4206, 0x4207, 7, 9, 17
 _GET_REGISTERS, _SET_REGISTERS = 0x4204, 0x4205
 _EVENT_STOP = 128
 _ALL_THREADS = 0x40000000
+_MOST_SIGNALS = 100
 _LOOK_AGAIN_S = 20e-6
 _FORBIDDEN = (
     "the kernel does not let us trace it: something else does at this moment, or a seccomp filter or security module "
@@ -93,9 +95,20 @@ class StoppedThread:
         self._ask(_SET_REGISTERS, kind, ctypes.addressof(vector))
 
     def single_step(self) -> None:
-        """Run one instruction."""
-        self._ask(_SINGLE_STEP)
-        self._wait()
+        """Run one instruction.
+
+        Raises:
+            TraceError: it was sent signals all the time, and never came to it.
+        """
+        for _ in range(_MOST_SIGNALS):
+            self._ask(_SINGLE_STEP)
+            stopped = self._wait()
+            if stopped == (SIGTRAP, 0):
+                return
+            # A signal that came meanwhile is told first: the instruction has not run yet.
+            if stopped[1] == 0:
+                self._signals.append(stopped[0])
+        raise TraceError("the target is sent signals all the time")
 
     def run_to_signal(self) -> int:
         """Run until a signal arrives; which one."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lens.attach import frames, inject, preflight
+from lens.attach import frames, inject, preflight, ways
 from lens.attach.attached import WAKE_AFTER_S
 from lens.attach.frames import Frame, ThreadStack, UnreadableError
 from lens.attach.preflight import READING_RULES, Facts
 from lens.attach.ptrace import TraceError
+from lens.attach.ways import Way
 from lens.ring_files import private_directory
 from lens.settings import Settings
 
@@ -66,6 +67,8 @@ def of_process(facts: Facts, settings: Settings, patience_s: float) -> ProcessSt
     """
     blank = ProcessStacks(facts.pid, facts.rank, None, facts.state)
     refusal = preflight.judge(facts, READING_RULES)
+    if refusal is not None and ways.judge(facts, ways.DOOR, settings) is None:
+        return _at_door(blank, settings, patience_s)
     if refusal is not None:
         return replace(blank, error=f"{refusal.reason}; {refusal.fix}")
     assert facts.version is not None
@@ -73,27 +76,40 @@ def of_process(facts: Facts, settings: Settings, patience_s: float) -> ProcessSt
         return replace(blank, how="read", threads=tuple(frames.read(facts.pid, facts.version)))
     except UnreadableError as error:
         unreadable = str(error)
-    refusal = preflight.judge(facts)
+    way = ways.choose(facts, settings)
+    if way is ways.DOOR:
+        return _at_door(blank, settings, patience_s)
+    refusal = ways.judge(facts, way, settings)
     if refusal is not None:
         return replace(blank, error=f"{unreadable}, and it cannot be asked: {refusal.reason}")
     try:
-        return replace(blank, how="asked", threads=asked(facts.pid, settings, patience_s))
+        return replace(blank, how="asked", threads=asked(facts.pid, settings, patience_s, way))
     except (TraceError, LookupError, OSError, TimeoutError) as error:
         return replace(blank, error=f"{unreadable}, and it did not answer: {error}")
 
 
-def asked(pid: int, settings: Settings, patience_s: float) -> tuple[ThreadStack, ...]:
+def _at_door(blank: ProcessStacks, settings: Settings, patience_s: float) -> ProcessStacks:
+    """What a process tells at the socket that it has opened; a main thread that is parked in C does not hinder it."""
+    try:
+        for answer in ways.ask_at_door(blank.pid, settings, {"ask": "stacks"}, patience_s):
+            return replace(blank, how="asked", threads=_threads(answer["threads"]))
+    except (OSError, KeyError, ValueError) as error:
+        return replace(blank, error=f"it did not answer at its socket: {error}")
+    return replace(blank, error=f"it has not answered at its socket within {patience_s:g} s")
+
+
+def asked(pid: int, settings: Settings, patience_s: float, way: Way = ways.PENDING) -> tuple[ThreadStack, ...]:
     """Let a process write its stacks into a private file, and read that.
 
     Raises:
         TimeoutError: its main thread has run no Python code in that time.
-        TraceError, LookupError, OSError: see `inject.run_line`.
+        TraceError, LookupError, OSError: see `ways`.
     """
     folder = Path(tempfile.mkdtemp(prefix="stacks-", dir=private_directory(settings.rings)))
     try:
         out = folder / "stacks.json"
         code = f"exec({_WRITE_THEM!r}, {{'out': {str(out)!r}}})"
-        inject.run_line(pid, f"try:\n    {code}\nexcept BaseException: pass\n")
+        way.run_line(pid, f"try:\n    {code}\nexcept BaseException: pass\n", settings)
         end, wake_at = (time.monotonic() + seconds for seconds in (patience_s, WAKE_AFTER_S))
         while not out.exists():
             if time.monotonic() > end:

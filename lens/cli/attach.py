@@ -4,11 +4,13 @@
     lens attach --all-ranks PID     every rank below a torchrun launcher
     lens attach --all-ranks         every rank of yours on this host
     lens attach --check PID         only say what would work and what would not
+    lens attach --observe PID       do not enter: processor, memory, card; no steps, no phases
     lens attach --stacks PID        where its Python code stands, all ranks of a launcher with --all-ranks
     lens attach --profile N PID     torch's profiler over N steps, the same ones of all ranks with --all-ranks
 
 The main thread of each process stands still for about a millisecond; from its next step on it is recorded like one
-that lens started. `lens detach PID` takes everything out again. Linux on x86-64, CPython 3.10 to 3.13.
+that lens started. `lens detach PID` takes everything out again. Linux, CPython 3.10 to 3.13 on
+x86-64, and 3.14 by a lens of the same version.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lens.attach import preflight, privilege, targets
-from lens.attach.preflight import Facts, Refusal
+from lens.attach import preflight, privilege, targets, ways
+from lens.attach.preflight import OBSERVING_RULES, Facts, Refusal
+from lens.attach.ways import Way
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
 
@@ -38,10 +41,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-ranks", action="store_true", help="every rank below PID, or of yours on this host")
     parser.add_argument("--check", action="store_true", help="change nothing: only say what would work")
     parser.add_argument(
+        "--observe", action="store_true", help="do not enter: only measure what is seen from outside"
+    )
+    parser.add_argument(
         "--stacks", action="store_true", help="only read who stands where in the code; nothing runs in them"
     )
     parser.add_argument(
         "--profile", type=int, metavar="N", help="run torch's profiler over N steps, and leave again"
+    )
+    parser.add_argument(
+        "--method",
+        choices=sorted(ways.WAYS),
+        help="how to enter (default: its socket if it has one, else by its version)",
     )
     parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds for its next step to come")
     parser.add_argument("--duration", type=float, metavar="S", help="detach again after so many seconds")
@@ -60,19 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
         return attach_stacks.run(chosen, settings_of(arguments), arguments.wait, arguments.json)
     if arguments.profile is not None:
         return _profile(arguments, chosen)
+    if arguments.observe:
+        return _observe(arguments, chosen)
     if arguments.check:
-        return _report_check([(facts, preflight.judge(facts)) for facts in chosen], arguments.json)
-    _refuse(chosen)
+        return _report_check([(facts, refusal) for facts, _, refusal in _judged(arguments, chosen)], arguments.json)
+    entries = _ways(arguments, chosen)
     if act_for_owner(chosen[0].pid):
         # What root may read that user may not.
-        _refuse([preflight.look(facts.pid) for facts in chosen])
+        entries = _ways(arguments, [preflight.look(facts.pid) for facts in chosen])
     # From here on the target is entered: what only that needs is loaded now, so that a refusal comes at once.
     import time
 
     from lens.attach import attached
 
     settings = _serving(arguments)
-    outcomes = [attached.attach(facts.pid, settings, arguments.wait) for facts in chosen]
+    outcomes = [attached.attach(facts.pid, settings, arguments.wait, way) for facts, way in entries]
     _report(outcomes, settings, arguments.json)
     if arguments.duration is not None:
         time.sleep(arguments.duration)
@@ -88,14 +101,53 @@ def _profile(arguments: argparse.Namespace, chosen: list[Facts]) -> int:
     from lens.cli import attach_profile
     from lens.cli.run import new_run_id
 
+    act_for_owner(chosen[0].pid)
     settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "profiled")
     return attach_profile.run(chosen, settings, arguments.profile, arguments.wait, arguments.json)
 
 
-def _refuse(chosen: list[Facts]) -> None:
-    for refusal in map(preflight.judge, chosen):
+def _observe(arguments: argparse.Namespace, chosen: list[Facts]) -> int:
+    for facts in chosen:
+        refusal = preflight.judge(facts, OBSERVING_RULES)
         if refusal is not None:
             raise CommandError(refusal.reason, refusal.fix)
+    from lens.attach import observed
+    from lens.attach.attached import Outcome
+
+    settings = _serving(arguments, "observed")
+    outcomes = []
+    for facts in chosen:
+        try:
+            observed.observe(facts, settings)
+            outcomes.append(Outcome(facts.pid, "observed", "from outside: no phases", facts.rank))
+        except OSError as error:
+            outcomes.append(Outcome(facts.pid, "failed", f"it cannot be observed ({error.strerror})", facts.rank))
+    _report(outcomes, settings, arguments.json)
+    return FAILED if any(outcome.state == "failed" for outcome in outcomes) else DONE
+
+
+def _judged(arguments: argparse.Namespace, chosen: list[Facts]) -> list[tuple[Facts, Way, Refusal | None]]:
+    """How each process would be entered, and what forbids it."""
+    settings = settings_of(arguments)
+    method = ways.WAYS.get(arguments.method)
+    found = [(facts, method or ways.choose(facts, settings)) for facts in chosen]
+    return [(facts, way, ways.judge(facts, way, settings)) for facts, way in found]
+
+
+def _ways(arguments: argparse.Namespace, chosen: list[Facts]) -> list[tuple[Facts, Way]]:
+    """How each process is entered; an error where one may not be."""
+    judged = _judged(arguments, chosen)
+    for facts, _, refusal in judged:
+        if refusal is not None:
+            raise CommandError(refusal.reason, _fix(facts, refusal))
+    return [(facts, way) for facts, way, _ in judged]
+
+
+def _fix(facts: Facts, refusal: Refusal) -> str:
+    """What to do about a refusal; where there is a process, what can be had all the same."""
+    if facts.state is None:
+        return refusal.fix
+    return f"{refusal.fix}; or from outside, without steps and phases: lens attach --observe {facts.pid}"
 
 
 def act_for_owner(pid: int) -> bool:
@@ -131,12 +183,12 @@ def _chosen(arguments: argparse.Namespace) -> list[Facts]:
     return found
 
 
-def _serving(arguments: argparse.Namespace) -> Settings:
+def _serving(arguments: argparse.Namespace, name: str = "attached") -> Settings:
     """Settings of the run, with a server that takes its records and an agent that ships them."""
     from lens.cli.run import new_run_id
     from lens.reading.connection import owner_of
 
-    settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or "attached")
+    settings = settings_of(arguments, run=arguments.run or new_run_id(), name=arguments.name or name)
     if settings.server is None:
         if owner_of(settings.data) is None:
             _start_server(settings)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lens.attach import attached, preflight, windows
+from lens.attach import attached, ways, windows
 from lens.attach.preflight import Facts
 from lens.cli.errors import DONE, FAILED, CommandError
 from lens.settings import Settings
@@ -42,10 +42,11 @@ def _ring(facts: Facts, settings: Settings, patience_s: float, entered: list[Pat
     rings = [ring for ring in attached.rings_of(facts.pid, settings) if ring.stem.startswith("main")]
     if rings:
         return rings[-1]
-    refusal = preflight.judge(facts)
+    way = ways.choose(facts, settings)
+    refusal = ways.judge(facts, way, settings)
     if refusal is not None:
         raise CommandError(refusal.reason, refusal.fix)
-    outcome = attached.attach(facts.pid, settings, patience_s)
+    outcome = attached.attach(facts.pid, settings, patience_s, way)
     if outcome.ring is None:
         raise CommandError(
             f"process {facts.pid} could not be entered: {outcome.text}", f"lens attach --check {facts.pid}"

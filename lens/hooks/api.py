@@ -205,6 +205,15 @@ def request(
         return _UNTOLD
 
 
+def attachable() -> None:
+    """Open a way in for ``lens attach``: a unix socket for this user alone, where tracing is not allowed.
+
+    It takes a thread that sleeps until somebody connects. LENS_ATTACH=1 opens it when recording begins; LENS_ATTACH=0
+    forbids it.
+    """
+    _open_door(None)
+
+
 def detach() -> None:
     """Stop recording and put back everything that was patched."""
     global _session
@@ -290,7 +299,20 @@ def _begin(settings: Settings, about: Mapping[str, Any], groups: Mapping[str, Se
     _session = Session(settings, about, groups, detach)
     _session.install()
     process.start_agent(settings)
+    if os.environ.get("LENS_ATTACH") == "1":
+        _open_door(settings)
     return _session
+
+
+def _open_door(settings: Settings | None) -> None:
+    try:
+        from lens.hooks.door import open_door
+
+        settings = settings or Settings.load()
+        if not settings.disabled:
+            open_door(settings)
+    except Exception as error:
+        warn(f"it cannot be attached to without tracing ({type(error).__name__}: {error})")
 
 
 def _give_way() -> None:

@@ -241,6 +241,18 @@ def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open
     assert "▲ 3 of 4 ranks" in text(page, "#status")
 
 
+def test_a_run_that_is_only_observed_says_so_where_steps_would_be(server: Server, open_page: Open) -> None:
+    name = f"observed-{next(NUMBERS)}"
+    about = synthetic.run_object(name, 4) | {"config": {"observed": "from outside"}}
+    server.post("/api/v1/runs", json.dumps(about).encode())
+    page = open_page(server, f"/run/{name}")
+    page.wait_for_selector("#step-time .lens-message:has-text('observed from outside: no phases')")
+    says(page, "#numbers", "Step time n/a observed from outside: no phases")
+    says(page, "#numbers", "Training loss n/a observed from outside: no phases")
+    assert "Observed from outside: no phases." in text(page, "#verdict")
+    assert "no step has ended" not in text(page, "body")
+
+
 def test_a_loss_that_is_no_number_is_said_and_not_drawn(server: Server, open_page: Open, run: str) -> None:
     page = open_page(server, f"/run/{run}")
     drawn(page, "loss", 59)

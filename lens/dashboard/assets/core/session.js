@@ -236,6 +236,16 @@ export class Session {
     return known.length ? Math.max(...known) : null;
   }
 
+  /** Whether its processes are only looked at from outside: no step of it is known, and none will be. */
+  get observed() {
+    return Boolean(this.meta?.config?.observed) && this.lastStep === null;
+  }
+
+  /** Why there is no step to show. */
+  get noStep() {
+    return this.observed ? "observed from outside: no phases" : "no step has ended yet";
+  }
+
   /** Whether the feed has seen records of this run; after a restart of the server only the store has. */
   get fed() {
     return this.connected && this.live.age !== null;

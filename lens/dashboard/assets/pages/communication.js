@@ -21,6 +21,7 @@ function silence(session) {
   if (error && !value) return `n/a: ${error.message}`;
   if (!value) return "Loading…";
   if (value.groups.length) return null;
+  if (session.observed) return `n/a: ${session.noStep}.`;
   return session.range ? `n/a: no collective in steps ${session.range.join("–")}. Press 0 for all steps.` : "n/a: this run has not recorded a collective. One rank alone sends to nobody.";
 }
 

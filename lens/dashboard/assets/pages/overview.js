@@ -35,7 +35,7 @@ function stepTime(session) {
   const source = session.source("step.duration");
   const { matrix, unit } = source;
   const column = matrix ? matrix.newest() : -1;
-  if (column < 0) return without(label, session, source, "no step has ended yet");
+  if (column < 0) return without(label, session, source, session.noStep);
   const { median } = matrix.reduce();
   const slowest = matrix.rows.reduce((worst, row) => (row.mean[column] > (worst?.mean[column] ?? -Infinity) ? row : worst), null);
   return { label, value: quantity(median[column], unit ?? "s"), detail: `${zoomed(session, matrix, column)}slowest: ${rankName(slowest.rank)}, ${quantity(slowest.max[column], unit ?? "s")}` };
@@ -44,7 +44,7 @@ function stepTime(session) {
 function throughput(session) {
   const label = "Throughput";
   const [tokens, durations] = [session.source("step.tokens"), session.source("step.duration")];
-  if (!tokens.matrix?.rows.length || !durations.matrix) return without(label, session, tokens, "no token counts reported");
+  if (!tokens.matrix?.rows.length || !durations.matrix) return without(label, session, tokens, session.observed ? session.noStep : "no token counts reported");
   const [, rates] = tokenRate(tokens.matrix, durations.matrix);
   const known = rates.filter((rate) => rate !== null).slice(-20);
   if (!known.length) return without(label, session, tokens, "no complete step yet");
@@ -67,7 +67,7 @@ function loss(session) {
   const { matrix } = source;
   if (matrix?.notFinite !== null && matrix?.notFinite !== undefined) return { label, value: "NaN", detail: `not finite since step ${integer(matrix.notFinite)}` };
   const column = matrix ? matrix.newest() : -1;
-  if (column < 0) return without(label, session, source, "no loss reported");
+  if (column < 0) return without(label, session, source, session.observed ? session.noStep : "no loss reported");
   const { median } = matrix.reduce();
   const first = median.find((value) => value !== null);
   return { label, value: quantity(median[column], "", 4), detail: `${zoomed(session, matrix, column)}from ${quantity(first, "", 4)} at the first visible step` };

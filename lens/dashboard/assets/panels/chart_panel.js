@@ -102,7 +102,7 @@ export class ChartPanel extends Panel {
 
   nothing(name) {
     if (this.session.range) return `no ${name} in steps ${this.session.range.join("–")}. Press 0 for all steps.`;
-    return this.session.lastStep === null ? "no step has ended yet." : `this run has not reported ${name}.`;
+    return this.session.lastStep === null ? `${this.session.noStep}.` : `this run has not reported ${name}.`;
   }
 
   drawLegend() {

@@ -73,6 +73,7 @@ export class HeatmapPanel extends CanvasPanel {
     const { state, reason, name, matrix } = this.source;
     if (state === "loading" && !matrix) return "Loading…";
     if (state === "error") return `n/a: ${reason}`;
+    if (state === "empty" && this.session.observed) return `n/a: ${this.session.noStep}.`;
     if (state === "empty") return this.session.range ? `n/a: no ${name} in steps ${this.session.range.join("–")}. Press 0 for all steps.` : `n/a: this run has not reported ${name} by rank and step.`;
     return null;
   }

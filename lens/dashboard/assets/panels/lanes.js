@@ -33,7 +33,7 @@ export class LanesPanel extends CanvasPanel {
     const { step, value, error } = this.reply;
     // Who waits is not known before the run's groups are: one of their ranks may be missing.
     const { meta } = this.session;
-    if (this.say(step === null ? "n/a: no step has ended yet." : error && !value ? `n/a: ${error.message}` : value && meta ? null : "Loading…")) return this.legend.replaceChildren();
+    if (this.say(step === null ? `n/a: ${this.session.noStep}.` : error && !value ? `n/a: ${error.message}` : value && meta ? null : "Loading…")) return this.legend.replaceChildren();
     if (this.known !== value || this.groupsOf !== meta) withWaits(value.ranks, meta.groups, meta.world_size);
     if (this.known !== value) this.hover = null;
     this.known = value;

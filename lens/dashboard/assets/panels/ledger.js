@@ -30,7 +30,7 @@ export class LedgerPanel extends Panel {
   render() {
     const { ledger, measured, unknown } = this.known();
     if (!ledger || !measured.length) {
-      this.say(!ledger && (!this.session.meta || this.session.lastStep !== null) ? "Loading…" : "n/a: no step with known parts yet. Time appears here once steps with their phases have ended.");
+      this.say(!ledger && (!this.session.meta || this.session.lastStep !== null) ? "Loading…" : this.session.observed ? `n/a: ${this.session.noStep}.` : "n/a: no step with known parts yet. Time appears here once steps with their phases have ended.");
       this.legend.replaceChildren();
       return;
     }

@@ -16,7 +16,7 @@ const STATUS = {
 /** Draws the verdict of a session into `place`. */
 export function drawVerdict(place, session) {
   const { diagnosis, meta, lastStep } = session;
-  replace(place, JSON.stringify([diagnosis, lastStep === null, Boolean(meta)]), () => {
+  replace(place, JSON.stringify([diagnosis, lastStep === null, Boolean(meta), session.observed]), () => {
     const known = diagnosis?.status ?? "unknown";
     const status = known === "insufficient" && lastStep === null ? "unknown" : known;
     place.dataset.status = status;
@@ -43,13 +43,15 @@ function confidence(hypothesis) {
   return element("span", { class: "lens-confidence", title: "The probability that both the cause and the ranks are right." }, "confidence ", meter, element("b", {}, percent(value)));
 }
 
-function calm(status, { diagnosis, meta, lastStep }) {
+function calm(status, { diagnosis, meta, lastStep, observed }) {
   const unnamed = "No cause could be named from what was recorded.";
   const words = {
     healthy: ["Nothing holds this run back.", `Steps 0 to ${integer(diagnosis?.upto_step)} were compared across ranks and with their own past; no rank, host or loader stands out.`],
     insufficient: ["Too little has been seen for a verdict.", "lens needs some steps of every rank before it compares them. This fills by itself while the run goes on."],
     unknown: !meta
       ? ["Opening the run …", "The server is being asked for it."]
+      : observed
+        ? ["Observed from outside: no phases.", "Hosts, processes and cards are measured; steps, phases and collectives are known only from within: lens attach PID, or lens run from the next start on."]
       : lastStep === null
         ? ["Waiting for the first step.", "A verdict appears once steps have ended. In a script: lens.watch(model, optimizer), then with lens.step(): …"]
         : ["The ranks are being compared.", "The first verdict after a start of the server takes a few seconds; then it is renewed while records arrive."],
