@@ -48,6 +48,10 @@ prove-attach: $(DEV) ## attaches refused, with words and times; and what one lea
 prove-selftest: $(DEV) ## 329 faults, 60 pairs of faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (8 minutes)
 	@$(BIN)/lens selftest --cases 329 --pairs 60 --healthy-steps 20000 --seed 1 $(ARGS)
 
+.PHONY: prove-stacks
+prove-stacks: $(DEV) ## the stacks of 7,000 running and hanging processes read from outside: right, and without harm? (2 minutes)
+	@$(BIN)/python benchmarks/stacks.py --out docs/proofs/stacks.md $(ARGS)
+
 format: $(DEV) ## rewrite the code in the house's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
