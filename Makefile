@@ -35,7 +35,7 @@ prove-coverage: $(DEV) ## who calls a collective, and is it seen: caller by coll
 prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause named? (25 minutes)
 	@$(BIN)/python benchmarks/demo_diagnosis.py --out docs/proofs/verdicts.md $(ARGS)
 
-prove-delivery: $(DEV) ## kill -9 of server and agent, 20 times each: is anything lost or doubled? (2 minutes)
+prove-delivery: $(DEV) ## 16 faults (kill -9 of one or two, full disks, damage, clock, network), 20 times each: is anything lost or doubled? (30 minutes)
 	@$(BIN)/python benchmarks/crash_delivery.py --out docs/proofs/delivery.md $(ARGS)
 
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)

@@ -204,7 +204,7 @@ lens.collector.read.duration|s|h|backend,group|+|Time one reading of a group of 
 lens.collector.errors|{error}|c|backend,metric,code|+|Readings that failed
 lens.collector.supported|1|g|backend,metric,reason||1 when the device gives the metric, else 0 with the reason
 lens.collector.lag|s|g||+|Time from a sample to its shipping
-lens.collector.dropped|{sample}|c||+|Samples lost because a queue was full
+lens.collector.dropped|{slot}|c||+|Slots given up because the spool was full or damaged, or the server refused them
 lens.overhead.time|s|g||+|The hook's own time in the step
 lens.overhead.ratio|1|g||+|The hook's own time, of the step
 lens.recorder.overwritten|{slot}|c||+|Slots of a ring overwritten before the agent read them

@@ -9,7 +9,6 @@ Imports neither numpy nor pyarrow nor torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -18,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from lens.collectors import launch
 from lens.collectors.amd import AmdCollector
@@ -33,7 +31,7 @@ from lens.collectors.process import resident_bytes
 from lens.collectors.protocol import Collector, DeviceInfo, Reading
 from lens.collectors.shipper import Shipper
 from lens.collectors.simulated.cards import SimulatedCards, SimulationError
-from lens.collectors.spool import enforce_bound
+from lens.collectors.spool import enforce_bound, run_of_spool
 from lens.collectors.tracked import TrackedProcess, read_about, ring_directories, run_of
 from lens.ring_files import RecorderError, host_directory
 from lens.settings import Settings
@@ -166,13 +164,11 @@ class Agent:
     def _adopt_spools(self) -> None:
         """Go on with what an agent before left in its spools; forget what has been done for a week."""
         with contextlib.suppress(OSError):
-            for state in sorted(self._settings.spool.glob("*/state.json")):
-                waiting = any(state.parent.glob("*.segment"))
-                run = _run_of_spool(state)
-                if waiting and run:
-                    self._hosted(run)
-                elif time.time() - state.stat().st_mtime > FORGOTTEN_SPOOL_S:
-                    shutil.rmtree(state.parent, ignore_errors=True)
+            for directory in sorted(path for path in self._settings.spool.iterdir() if path.is_dir()):
+                if any(directory.glob("*.segment")):
+                    self._hosted(run_of_spool(directory))
+                elif time.time() - directory.stat().st_mtime > FORGOTTEN_SPOOL_S:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def _gather(self) -> bool:
         more = [run.gather() for run in self._runs.values()]
@@ -327,12 +323,6 @@ def run_agent(settings: Settings) -> int:
 def _say(text: str) -> None:
     moment = time.strftime("%Y-%m-%dT%H:%M:%S")
     print(f"{moment} lens agent: {text}", file=sys.stderr, flush=True)
-
-
-def _run_of_spool(state: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return str(json.loads(state.read_text())["run"])
-    return None
 
 
 if __name__ == "__main__":

@@ -293,6 +293,7 @@ class HostedRun:
         values = {
             "lens.spool.size": self.spool.size,
             "lens.spool.dropped": counts.dropped_batches,
+            "lens.collector.dropped": counts.dropped_slots,
             "lens.spool.corrupt": counts.damaged,
             "lens.spool.quarantined": counts.quarantined,
         }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lens.collectors.spool import write_atomically
+from lens.collectors.spool_state import write_atomically
 
 _OF_RUN = ("name", "world_size", "groups", "experts", "config", "tags", "data_versions")
 _OF_RANK = (

@@ -31,6 +31,12 @@ class Entry:
     """Of the body."""
     length: int
     head: dict[str, Any]
+    checksum: int
+    """Of the body; see `checksum`."""
+
+
+class DamagedError(OSError):
+    """A batch is not any more what was written."""
 
 
 @dataclass
@@ -76,17 +82,23 @@ def scan(path: Path) -> Scan:
     return Scan(entries, damaged, end)
 
 
+def checksum(body: bytes | memoryview) -> int:
+    """By which a body is known to be as it was written."""
+    return zlib.crc32(body)
+
+
 def read_body(entry: Entry) -> bytes:
     """The body of a batch.
 
     Raises:
-        OSError: the segment is gone or too short.
+        DamagedError: it is too short, or not what was written.
+        OSError: the segment is gone or cannot be read.
     """
     with entry.path.open("rb") as file:
         file.seek(entry.offset)
         body = file.read(entry.length)
-    if len(body) != entry.length:
-        raise OSError(f"{entry.path} is shorter than it was")
+    if len(body) != entry.length or checksum(body) != entry.checksum:
+        raise DamagedError(f"{entry.path} is damaged")
     return body
 
 
@@ -118,7 +130,7 @@ def _entry_at(data: bytes, at: int, path: Path) -> Entry | None:
     checked = zlib.crc32(head, zlib.crc32(_CHECKED.pack(head_length, body_length, sequence)))
     if zlib.crc32(body, checked) != crc:
         return None
-    return Entry(sequence, path, body_at, body_length, json.loads(head))
+    return Entry(sequence, path, body_at, body_length, json.loads(head), checksum(body))
 
 
 def _is_beginning(data: bytes, at: int) -> bool:

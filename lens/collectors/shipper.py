@@ -226,10 +226,15 @@ class Shipper:
     def _send(self, lane: Lane, entry: Entry, connection: Connection, headers: Mapping[str, str]) -> bool:
         try:
             body = segments.read_body(entry)
-        except OSError:
-            # Dropped a moment ago because the spool was full: the next look finds another batch.
-            time.sleep(0.01)
+        except (segments.DamagedError, FileNotFoundError) as error:
+            # Gone because the spool was full: the next look finds another batch. Else the disk has lost it.
+            if lane.spool.oldest() is entry:
+                lane.spool.give_up(entry)
+                self._say(f"batch {entry.sequence} of run {lane.spool.run} is lost: {error}")
             return True
+        except OSError as error:
+            self._postpone(lane, f"the spool cannot be read: {error}", None)
+            return False
         encoding = str(entry.head["encoding"])
         pieces = lane.spool.pieces.get(str(entry.sequence))
         source, path = lane.spool.source, ""

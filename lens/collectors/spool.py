@@ -2,13 +2,12 @@
 
 Appending is the only commitment: a batch is spooled together with the cursors reached by it, under a sequence
 number of a source that belongs to this spool for good. Whatever is sent again carries the same pair, so the server
-keeps it once. ``state.json`` only remembers what was acknowledged; it is replaced atomically.
+keeps it once. The state (`spool_state`) only remembers what was acknowledged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -18,10 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from lens.collectors import segments
+from lens.collectors.missing import gaps, not_told, slots_before, slots_of, slots_through
 from lens.collectors.segments import Entry
+from lens.collectors.spool_state import read_state, write_atomically, write_state
 from lens.slots import Anchor
 
 SEGMENT_BYTES = 4 * 1024 * 1024
@@ -49,15 +50,9 @@ def directory_name(run: str) -> str:
     return quote(run, safe="").replace(".", "%2E")[:200] or "run"
 
 
-def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a small JSON file so that nobody ever sees half of it.
-
-    Raises:
-        OSError: it cannot be written; the old file is as it was.
-    """
-    partial = path.with_suffix(".new")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
+def run_of_spool(directory: Path) -> str:
+    """The run whose spool this directory is: as its state says, else as it is named."""
+    return str(read_state(directory).get("run") or unquote(directory.name))
 
 
 @dataclass
@@ -65,8 +60,11 @@ class Counts:
     """What the spool had to give up, since the run began on this host."""
 
     dropped_batches: int = 0
+    """Given up because the spool was full."""
     dropped_slots: int = 0
+    """Slots of all that was given up, for whatever reason."""
     damaged: int = 0
+    """Places, or batches, that were not any more what was written."""
     quarantined: int = 0
 
 
@@ -101,8 +99,13 @@ class RunSpool:
         self.anchor = take_anchor()
         self._acknowledged = 0
         self._next = 1
+        self._slots = 0
+        """Slots of all batches ever appended: what a missing batch held is told by its neighbours."""
+        self._gaps: dict[str, int] = {}
+        """Slots missing before a batch, and damaged places of a segment, that are counted already."""
+        self._damaged: dict[str, int] = {}
         try:
-            self._restore(_read_state(directory / "state.json"))
+            self._restore(read_state(directory))
         except (TypeError, ValueError, KeyError, AttributeError):
             # Readable and yet not a state. The segments say where to go on, and under which source.
             self._restore({})
@@ -140,6 +143,7 @@ class RunSpool:
                 "cursors": dict(cursors),
                 "ended": sorted(self.ended),
                 "slots": slots,
+                "slots_before": self._slots,
                 "encoding": encoding,
             }
             record = segments.pack(self._next, head, body)
@@ -150,8 +154,9 @@ class RunSpool:
                 raise SpoolFullError(error.errno, error.strerror or str(error)) from error
             self._bytes[path] += len(record)
             offset = self._bytes[path] - len(body)
-            self._pending.append(Entry(self._next, path, offset, len(body), head))
+            self._pending.append(Entry(self._next, path, offset, len(body), head, segments.checksum(body)))
             self._next += 1
+            self._slots += slots
             self.cursors = dict(cursors)
 
     def oldest(self) -> Entry | None:
@@ -172,6 +177,7 @@ class RunSpool:
         """Put a batch aside that the server refuses for good, so that it holds up nobody else."""
         with self._lock:
             self.counts.quarantined += 1
+            self.counts.dropped_slots += slots_of(entry)
             folder = self.directory / "quarantine"
             with contextlib.suppress(OSError):
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -181,6 +187,13 @@ class RunSpool:
                 name = f"{entry.sequence:012d}"
                 (folder / f"{name}.batch").write_bytes(body)
                 write_atomically(folder / f"{name}.json", {"reason": reason, "source": self.source})
+            self.acknowledge(entry.sequence)
+
+    def give_up(self, entry: Entry) -> None:
+        """Go on without a batch that the disk does not hold any more, counted."""
+        with self._lock:
+            self.counts.damaged += 1
+            self.counts.dropped_slots += slots_of(entry)
             self.acknowledge(entry.sequence)
 
     def split(self, entry: Entry, pieces: Iterable[str]) -> None:
@@ -200,7 +213,7 @@ class RunSpool:
             while self._pending and self._pending[0].path == oldest:
                 entry = self._pending.popleft()
                 self.counts.dropped_batches += 1
-                self.counts.dropped_slots += int(entry.head.get("slots", 0))
+                self.counts.dropped_slots += slots_of(entry)
                 self._acknowledged = max(self._acknowledged, entry.sequence)
             self._save()
             self._remove(oldest)
@@ -220,30 +233,39 @@ class RunSpool:
         self.anchor = _kept_anchor(state) or self.anchor
         self._acknowledged = int(state.get("acknowledged", 0))
         self._next = int(state.get("saved_at", 0)) + 1
+        self._slots = int(state.get("slots", 0))
         self.cursors = {str(key): int(value) for key, value in state.get("cursors", {}).items()}
         self.ended = set(state.get("ended", ()))
         self.pieces = {key: list(value) for key, value in state.get("pieces", {}).items()}
         self.counts = Counts(**{key: int(state.get("counts", {}).get(key, 0)) for key in vars(Counts())})
         self._pending.clear()
         self._bytes.clear()
-        for path in list(segments.files(self.directory)):
-            self._restore_segment(path)
-
-    def _restore_segment(self, path: Path) -> None:
-        found = segments.scan(path)
-        self.counts.damaged += found.damaged
-        waiting = [entry for entry in found.entries if entry.sequence > self._acknowledged]
-        for entry in found.entries:
+        told, self._damaged = state.get("damaged", {}), {}
+        paths = list(segments.files(self.directory))
+        found = [entry for path in paths for entry in self._restore_segment(path, told)]
+        missing = gaps([entry for entry in found if entry.sequence > self._acknowledged], state)
+        self.counts.dropped_slots += not_told(missing, state.get("gaps", {}))
+        self._gaps = {str(gap.before): gap.slots for gap in missing}
+        for entry in found:
             if entry.sequence >= self._next:
                 self._next = entry.sequence + 1
+                self._slots = slots_through(entry)
                 self.source = str(entry.head["source"])
                 self.cursors = {key: int(value) for key, value in entry.head["cursors"].items()}
                 self.ended = set(entry.head["ended"])
+
+    def _restore_segment(self, path: Path, told: Mapping[str, int]) -> list[Entry]:
+        """The batches of a segment; it goes when none of them waits."""
+        found = segments.scan(path)
+        self.counts.damaged += max(0, found.damaged - told.get(path.name, 0))
+        waiting = [entry for entry in found.entries if entry.sequence > self._acknowledged]
         self._pending.extend(waiting)
         if waiting:
             self._bytes[path] = path.stat().st_size
+            self._damaged[path.name] = found.damaged
         else:
             path.unlink()
+        return found.entries
 
     def _open_segment(self, more: int) -> Path:
         """The segment to append to; a new one when the last is full or belongs to an agent before."""
@@ -275,8 +297,8 @@ class RunSpool:
     def _save(self) -> bool:
         """Write the state. When the disk is full the old one stays, and so must the segments after it."""
         try:
-            write_atomically(
-                self.directory / "state.json",
+            write_state(
+                self.directory,
                 {
                     "run": self.run,
                     "source": self.source,
@@ -284,6 +306,10 @@ class RunSpool:
                     "anchor": [self.anchor.monotonic_ns, self.anchor.unix_ns, self.anchor.error_ns],
                     "saved_at": self._next - 1,
                     "acknowledged": self._acknowledged,
+                    "gaps": self._gaps,
+                    "damaged": self._damaged,
+                    "slots": self._slots,
+                    "slots_acknowledged": slots_before(self._pending[0]) if self._pending else self._slots,
                     "cursors": self.cursors,
                     "ended": sorted(self.ended),
                     "pieces": self.pieces,
@@ -304,14 +330,6 @@ def enforce_bound(spools: Iterable[RunSpool], limit_bytes: int) -> int:
         if not oldest.drop_oldest_segment():
             break
     return sum(spool.counts.dropped_batches for spool in spools) - before
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
 
 
 def _kept_anchor(state: Mapping[str, Any]) -> Anchor | None:

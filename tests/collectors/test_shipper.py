@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_a_batch_that_is_refused_for_good_is_put_aside_and_the_next_ones_go_on(
     assert stored(server) == [1, 3, 4]
     assert sender.spool.counts.quarantined == 1
     assert any("put aside" in text for text in sender.said)
+
+
+def test_batches_that_the_disk_has_damaged_or_lost_hold_up_nobody_and_are_counted(
+    sender: Sender, server: StubServer
+) -> None:
+    server.plan = lambda request: 503
+    for number in range(4):
+        sender.put(number + 1)
+    wait_for(lambda: posts(server))
+    (path,) = sender.spool.directory.glob("*.segment")
+    # In place: the shipper reads the file all the while, and must find the first batches as they are.
+    with path.open("r+b", buffering=0) as file:
+        file.seek(list(sender.spool._pending)[2].offset + 5)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+        file.truncate(path.stat().st_size - 3)
+    server.plan = lambda request: 200
+    wait_for(lambda: not sender.spool.waiting)
+    assert stored(server) == [1, 2, 3]
+    assert sender.spool.counts.damaged == 2
+    assert sender.spool.counts.dropped_slots == 3 + 4
 
 
 def test_an_encoding_the_server_does_not_take_is_replaced_by_gzip(sender: Sender, server: StubServer) -> None:

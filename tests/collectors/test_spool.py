@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lens.collectors import segments
 from lens.collectors.splitting import halve, piece_of
-from lens.collectors.spool import RunSpool, SpoolFullError, directory_name, enforce_bound
+from lens.collectors.spool import RunSpool, SpoolFullError, directory_name, enforce_bound, run_of_spool
 from lens.slots import SLOT_BYTES, Anchor, RingPart, decode_batch, encode_batch
 
 
@@ -92,6 +92,37 @@ def test_a_damaged_batch_is_passed_over_and_counted_and_the_rest_survives(tmp_pa
     assert [sequence for sequence, _ in waiting(again)] == [1, 3, 4]
     assert again.counts.damaged == 1
     assert again.cursors == {"ring": 40}
+    assert again.counts.dropped_slots == 10
+    assert spool(tmp_path).counts == again.counts, "an agent that starts once more tells of it no second time"
+
+
+@given(st.sets(st.integers(1, 8)), st.integers(0, 8), st.integers(0, 8))
+@settings(deadline=None, max_examples=60)
+def test_slots_of_damaged_batches_are_counted_unless_the_rings_give_them_again(
+    tmp_path_factory: pytest.TempPathFactory, hit: set[int], acknowledged: int, saved_at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    first = spool(folder)
+    fill(first, saved_at)
+    first._save()
+    fill(first, 8 - saved_at)
+    first.acknowledge(acknowledged)
+    known_to_state = 8 if acknowledged else saved_at
+    for path in folder.glob("r1/*.segment"):
+        data = bytearray(path.read_bytes())
+        for entry in segments.scan(path).entries:
+            if entry.sequence in hit:
+                data[entry.offset] ^= 1
+        path.write_bytes(data)
+    again = spool(folder)
+    arrived = [
+        *range(1, acknowledged + 1),
+        *(sequence for sequence, _ in waiting(again) if sequence > acknowledged),
+    ]
+    resumed = again.cursors.get("ring", 0) // 10
+    assert again.counts.dropped_slots == 10 * (resumed - len(arrived))
+    assert resumed >= known_to_state
+    assert spool(folder).counts == again.counts
 
 
 @given(st.binary(max_size=400))
@@ -106,6 +137,20 @@ def test_a_file_of_anything_is_never_fatal(tmp_path_factory: pytest.TempPathFact
     assert [sequence for sequence, _ in waiting(again)] == [1, 2]
     assert again.source == first.source, "what is sent again must be known again"
     assert again.cursors == {"ring": 20}
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_one_damaged_state_costs_nothing(tmp_path: Path, damage: bytes | None) -> None:
+    first = spool(tmp_path)
+    fill(first, 5)
+    first.acknowledge(5)
+    first.close()
+    path = tmp_path / "r1/state.json"
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"acknowledged": 5', b'"acknowledged": 1') if damage is None else damage)
+    again = spool(tmp_path)
+    assert (again.source, again.cursors, again.waiting) == (first.source, {"ring": 50}, 0)
+    assert run_of_spool(tmp_path / "r1") == "r1"
 
 
 @pytest.mark.parametrize("state", ['{"cursors": 5}', '{"acknowledged": "x"}', "[]", '{"counts": []}'])
