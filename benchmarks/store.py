@@ -1,28 +1,29 @@
 """The store: rows taken a second, bytes a row at rest, milliseconds a question, what a kill -9 costs; peers beside it.
 
 Samples of many series (ranks × metrics) with a time of their own for each rank and step; half the metrics are noisy
-gauges, half growing counters. Engines are compared in one process on the same Arrow rows; everything else goes through
-a real server over HTTP.
+gauges, half growing counters. The engine takes the same Arrow rows as duckdb and sqlite; everything else goes through a
+real server over HTTP. Trackers are compared at 100 scalars a step. Peers that another environment has are found with
+--peers:
 
-    python benchmarks/store.py [--samples 100000000] [--quick] [--json]
+    python -m venv PEERS && PEERS/bin/pip install duckdb trackio tensorboard wandb numpy "setuptools<81"
+    python benchmarks/store.py [--samples 100000000] [--peers PEERS/bin/python] [--quick] [--json] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import json
 import os
 import queue
 import signal
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -31,29 +32,16 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pyarrow as pa
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.store_peers import BATCH, DATABASES, METRICS, TRACKERS, WIDTH, columns, measure, scalars
+from lens.reading.connection import Connection
 from lens.store.decode import ARROW
 from lens.store.engine import Store
 
 RUN, START = "benchmark", 1_700_000_000_000_000_000
-BATCH = 250_000
-METRICS = 20
-PEERS = ("duckdb", "trackio", "tensorboard", "wandb")
-
-
-def columns(start: int, rows: int, ranks: int) -> dict[str, np.ndarray]:
-    """Rows [start, start + rows): all metrics of all ranks at step 0, then step 1, and so on."""
-    row = np.arange(start, start + rows)
-    step, place = np.divmod(row, ranks * METRICS)
-    rank, metric = np.divmod(place, METRICS)
-    random = np.random.default_rng(start)
-    # Each rank has its own moment in each step: one draw for all its metrics.
-    jitter = (step * 1_000_003 + rank * 7919) * 2654435761 % 50_000_000
-    gauge = np.round(random.normal(600, 8, rows), 3)
-    counter = (step * 1000 + rank * 17).astype("<f8")
-    return {
-        "metric": metric.astype("<i4"), "rank": rank.astype("<i4"), "step": step.astype("<i8"),
-        "t_ns": START + step * 1_000_000_000 + jitter, "value": np.where(metric % 2 == 0, gauge, counter),
-    }  # fmt: skip
+SLOTS = "application/vnd.lens.slots"
+SPARE_STEPS = 10_000
+"""Steps set aside for what is sent while a question is asked."""
 
 
 def engine_rows(start: int, rows: int, ranks: int) -> pa.Table:
@@ -69,10 +57,15 @@ def body(start: int, rows: int, ranks: int) -> bytes:
     names = pa.array([f"metric.{index:02d}" for index in range(METRICS)])
     found["metric"] = pa.DictionaryArray.from_arrays(pa.array(found["metric"]), names)
     table = pa.table(found)
+    return _stream(table)
+
+
+def _stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 class Server:
@@ -122,22 +115,11 @@ class Server:
         self.process.wait(60)
 
 
-def engines(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
-    """Rows a second into each engine, from the same Arrow tables, in turns."""
+def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
+    """Rows a second into the engine: raw, then with roll-up, newest values and a reader."""
     parts = [engine_rows(start, min(BATCH * 2, rows - start), ranks) for start in range(0, rows, BATCH * 2)]
     store = Store(f"chdb://{folder}/engine")
-    duck = None
-    if importlib.util.find_spec("duckdb"):
-        import duckdb
-
-        duck = duckdb.connect(str(folder / "duck.db"))
-        duck.execute("SET threads = 2")
-        duck.execute(
-            "CREATE TABLE samples (run UINTEGER, mid UBIGINT, rank INT, step BIGINT, t_ns BIGINT, value DOUBLE)"
-        )
-    spent = {"lens": 0.0, "live": 0.0, "duckdb": 0.0}
-    stop = threading.Event()
-    asked = [0]
+    stop, asked = threading.Event(), [0]
 
     def read() -> None:
         while not stop.is_set():
@@ -146,37 +128,19 @@ def engines(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
             )
             asked[0] += 1
 
+    found["ingest_rows_s"] = rows / sum(_timed(lambda part=part: store.insert("samples", part)) for part in parts)
     reader = threading.Thread(target=read)
-    for part in parts:
-        spent["lens"] += _timed(lambda part=part: store.insert("samples", part))
-        if duck is not None:
-            spent["duckdb"] += _timed(
-                lambda part=part, duck=duck: duck.execute("INSERT INTO samples SELECT * FROM part")
-            )
     reader.start()
-    for part in parts:
-        for target in ("samples", "rollup", "latest"):
-            spent["live"] += _timed(lambda part=part, target=target: store.insert(target, part))
+    spent = sum(
+        _timed(lambda part=part, target=target: store.insert(target, part))
+        for part in parts
+        for target in ("samples", "rollup", "latest")
+    )
     stop.set()
     reader.join()
     store.close()
-    found["ingest_rows_s"] = rows / spent["lens"]
-    found["ingest_live_rows_s"] = rows / spent["live"]
+    found["ingest_live_rows_s"] = rows / spent
     found["reads_while_ingesting"] = asked[0]
-    found["ingest_rows_s_duckdb"] = rows / spent["duckdb"] if duck is not None else None
-    few = parts[0].slice(0, min(rows, 200_000))
-    found["ingest_rows_s_sqlite"] = few.num_rows / _timed(lambda: _into_sqlite(folder / "lite.db", few))
-
-
-def _into_sqlite(path: Path, table: pa.Table) -> None:
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("CREATE TABLE samples (run INT, mid TEXT, rank INT, step INT, t_ns INT, value REAL)")
-    lists = [column.to_pylist() for column in table.columns]
-    lists[1] = [str(mid) for mid in lists[1]]
-    with connection:
-        connection.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", zip(*lists, strict=True))
-    connection.close()
 
 
 def _timed(job: Any) -> float:
@@ -208,11 +172,14 @@ def over_http(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> Non
         "ORDER BY p99 DESC LIMIT 20"
     )
     found["p99_ms"] = server.median_ms("/api/v1/query", json.dumps({"sql": top, "run": RUN}).encode(), times=3)
+    found["heatmap_ingesting_ms"] = _while_sending(
+        server, rows, ranks, lambda: server.median_ms(f"{path}/heatmap?metric=metric.00&columns=1000&format=binary")
+    )
     acknowledged = _kill_while_sending(server, rows, ranks)
     reopened = Server(data)
     found["server_start_s"] = reopened.started_s
     steps = sorted(acknowledged)
-    low = rows // (ranks * METRICS)
+    low = rows // (ranks * METRICS) + SPARE_STEPS
     counts = {
         int(step): (int(total), int(distinct))
         for step, total, distinct in reopened.sql(
@@ -266,11 +233,30 @@ def _send(server: Server, bodies: Iterator[bytes], found: dict[str, Any]) -> Non
     found["ingest_http_rows_s"] = sent[0] / busy
 
 
+def _while_sending(server: Server, rows: int, ranks: int, ask: Callable[[], float]) -> float:
+    """What a question takes while batches come in as fast as they are taken."""
+    stop, per_step = threading.Event(), ranks * METRICS
+
+    def send() -> None:
+        for step in range(rows // per_step + 1, rows // per_step + SPARE_STEPS):
+            if stop.is_set():
+                return
+            server.ask(f"/api/v1/runs/{RUN}/records", body(step * per_step, per_step, ranks), ARROW)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    time.sleep(0.5)
+    took = ask()
+    stop.set()
+    sender.join()
+    return took
+
+
 def _kill_while_sending(server: Server, rows: int, ranks: int) -> set[int]:
     """Send one step a batch until the server is killed; the steps acknowledged."""
     acknowledged: set[int] = set()
     per_step = ranks * METRICS
-    first = rows // per_step + 1
+    first = rows // per_step + SPARE_STEPS + 1
     threading.Timer(2.0, os.kill, (server.process.pid, signal.SIGKILL)).start()
     for step in range(first, first + 100_000):
         content = body(step * per_step, per_step, ranks)
@@ -282,6 +268,78 @@ def _kill_while_sending(server: Server, rows: int, ranks: int) -> set[int]:
         acknowledged.add(step)
     server.process.wait(60)
     return acknowledged
+
+
+def slots(folder: Path, rows: int, found: dict[str, Any]) -> None:
+    """Samples a second as an agent sends them: slots of a ring, 20 values a row, acknowledged."""
+    from lens.collectors.own_ring import OwnRing
+    from lens.collectors.protocol import Reading
+    from lens.collectors.shipper import compress
+    from lens.collectors.spool import take_anchor
+    from lens.ring_reader import RingReader
+    from lens.settings import Settings
+    from lens.slots import encode_batch
+
+    settings = Settings.load({}, rings=folder / "rings", data=folder / "ring-data", host="host0")
+    ring, bodies, anchor = OwnRing(dataclasses.replace(settings, ring_mib=2), RUN), [], take_anchor()
+    reader = RingReader(ring.directory / "main.ring")
+    for row in range(rows // METRICS):
+        t_ns = time.monotonic_ns()
+        ring.write([Reading(f"metric.{index:02d}", row * 0.5 + index, t_ns) for index in range(METRICS)], {})
+        if row % 1500 == 1499:
+            bodies.append(_slot_body(reader, anchor, compress, encode_batch))
+    bodies.append(_slot_body(reader, anchor, compress, encode_batch))
+    ring.close()
+    server = Server(folder / "slots")
+    server.ask("/api/v1/runs", json.dumps({"run": RUN}).encode())
+    began, taken = time.perf_counter(), 0
+    for number, (content, encoding) in enumerate(bodies):
+        headers = {"Lens-Source": "slots", "Lens-Sequence": str(number), "Content-Encoding": encoding}
+        taken += server.ask(f"/api/v1/runs/{RUN}/records", content, SLOTS, **headers)["accepted"]
+    found["ingest_slots_rows_s"] = server.sql("SELECT count() FROM samples")[0][0] / (time.perf_counter() - began)
+    server.stop()
+
+
+def _slot_body(reader: Any, anchor: Any, compress: Any, encode: Any) -> tuple[bytes, str]:
+    parts = []
+    while (part := reader.poll()) is not None:
+        parts.append(part)
+    packed: tuple[bytes, str] = compress(encode("host0", anchor, parts))
+    return packed
+
+
+def as_tracker(folder: Path, points: int) -> dict[str, Any]:
+    """The same as the trackers do: 100 scalars a step, on disk; then one series and all of them, every point."""
+    from lens.reading import StoredRun, _Server
+
+    server, names = Server(folder / "tracker"), list(scalars(0))
+    server.ask("/api/v1/runs", json.dumps({"run": RUN, "world_size": 1}).encode())
+    steps, began = points // WIDTH, time.perf_counter()
+    for first in range(0, steps, 1000):
+        some = range(first, min(first + 1000, steps))
+        table = pa.table({
+            "metric": pa.array(names * len(some)).dictionary_encode(),
+            "rank": np.zeros(len(some) * WIDTH, "<i4"),
+            "step": np.repeat(np.array(some, "<i8"), WIDTH),
+            "t_ns": np.repeat(START + np.array(some, "<i8") * 10**9, WIDTH),
+            "value": [value for step in some for value in scalars(step).values()],
+        })  # fmt: skip
+        server.ask(f"/api/v1/runs/{RUN}/records", _stream(table), ARROW)
+    took = time.perf_counter() - began
+    stored = StoredRun(_Server(Connection(server.url, server.token)), RUN)
+
+    def read(ask: Callable[[], Any], wanted: int) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            assert ask().num_rows == wanted
+            times.append((time.perf_counter() - began) * 1000)
+        return statistics.median(times)
+
+    one = read(lambda: stored.series(names[0]).arrow(), steps)
+    every = read(lambda: stored.table("samples").arrow(), steps * WIDTH)
+    server.stop()
+    return {"points": steps * WIDTH, "rows_s": steps * WIDTH / took, "one_ms": one, "all_ms": every}
 
 
 REOPEN = """
@@ -313,19 +371,50 @@ def _reopened(data: Path) -> tuple[float, float]:
 
 ROWS = (
     ("engine: rows a second, raw", "ingest_rows_s", "{:,.0f}"),
-    ("  duckdb", "ingest_rows_s_duckdb", "{:,.0f}"),
-    ("  sqlite (WAL)", "ingest_rows_s_sqlite", "{:,.0f}"),
     ("engine: with roll-up, latest and a reader", "ingest_live_rows_s", "{:,.0f}"),
     ("HTTP, Arrow, acknowledged: rows a second", "ingest_http_rows_s", "{:,.0f}"),
+    ("HTTP, slots of a ring, until readable: rows a second", "ingest_slots_rows_s", "{:,.0f}"),
     ("bytes a sample at rest, roll-up and latest in", "bytes_per_sample", "{:.2f}"),
     ("one series → 1,000 points, ms", "series_ms", "{:.1f}"),
     ("map of all ranks × 1,000, ms", "heatmap_ms", "{:.1f}"),
+    ("  while records come in, ms", "heatmap_ingesting_ms", "{:.1f}"),
     ("newest of every series, ms", "now_ms", "{:.1f}"),
     ("p99 of every series, top 20, ms", "p99_ms", "{:.1f}"),
     ("open again after kill -9, s", "reopen_s", "{:.2f}"),
-    ("acknowledged rows lost", "acknowledged_lost", "{}"),
-    ("rows doubled", "doubled", "{}"),
+    ("acknowledged rows", "acknowledged", "{:,}"),
+    ("  lost", "acknowledged_lost", "{}"),
+    ("  doubled", "doubled", "{}"),
 )
+_DATABASE = (("rows a second", "rows_s", "{:,.0f}"), ("bytes a row", "bytes_per_point", "{:.2f}"),
+             ("series, ms", "series_ms", "{:.1f}"), ("map, ms", "heatmap_ms", "{:.1f}"),
+             ("newest, ms", "now_ms", "{:.1f}"), ("p99, ms", "p99_ms", "{:.1f}"))  # fmt: skip
+_TRACKER = (("points a second", "rows_s", "{:,.0f}"), ("bytes a point", "bytes_per_point", "{:.1f}"),
+            ("one series, ms", "one_ms", "{:.1f}"), ("all 100, ms", "all_ms", "{:.1f}"))  # fmt: skip
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What was measured, for people."""
+    own = [f"| {label} | {form.format(found[key])} |" for label, key, form in ROWS]
+    raw = {"points": found["engine_rows"], "rows_s": found["ingest_rows_s"], "bytes_per_point": found["bytes_per_sample"],
+           **{key: found[key] for key in ("series_ms", "heatmap_ms", "now_ms", "p99_ms")}}  # fmt: skip
+    return "\n".join([
+        f"| {found['samples']:,} samples of {found['series']:,} series | |", "|---|---|", *own, "",
+        "Databases, the same rows, on disk when counted. lens answers over HTTP, at all its samples; the others in their process,",
+        "at as many rows as the table says.", "",
+        *_beside({"lens": raw, **found["databases"]}, "rows", _DATABASE), "",
+        "Trackers, 100 scalars a step, from the first call until all is on disk; read by each one's own reader. lens takes Arrow",
+        "over HTTP, 1,000 steps a request, and is read by `lens.open`.", "",
+        *_beside(found["trackers"], "points", _TRACKER),
+    ])  # fmt: skip
+
+
+def _beside(measured: dict[str, dict[str, Any]], unit: str, cells: Any) -> list[str]:
+    lines = [f"| | {unit} | {' | '.join(label for label, _, _ in cells)} |", "|---" * (len(cells) + 2) + "|"]
+    for name, each in measured.items():
+        why = each.get("absent")
+        values = [form.format(each[key]) if each.get(key) is not None else "–" for _, key, form in cells]
+        lines.append(f"| {name} | {each['points']:,} | {f'absent: {why}' if why else ' | '.join(values)} |")
+    return lines
 
 
 def main() -> int:
@@ -333,24 +422,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=20_000_000, help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=512, help="(default: %(default)s); each has 20 metrics")
-    parser.add_argument("--quick", action="store_true", help="1.5 million samples of 128 ranks, under a minute")
+    parser.add_argument("--points", type=int, default=1_000_000, help="of the trackers (default: %(default)s)")
+    parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="that of the peers' environment")
+    parser.add_argument("--quick", action="store_true", help="1.5 million samples of 128 ranks, 100,000 points")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--out", type=Path, help="write the page there too")
     options = parser.parse_args()
-    samples, ranks = (1_500_000, 128) if options.quick else (options.samples, options.ranks)
-    found: dict[str, Any] = {"ranks": ranks, "series": ranks * METRICS}
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        engines(Path(folder), min(samples, 10_000_000), ranks, found)
-        over_http(Path(folder), samples, ranks, found)
-    found["peers_absent"] = [peer for peer in PEERS if importlib.util.find_spec(peer) is None]
+    samples, ranks, points = options.samples, options.ranks, options.points
+    if options.quick:
+        samples, ranks, points = 1_500_000, 128, 100_000
+    found: dict[str, Any] = {"ranks": ranks, "series": ranks * METRICS, "engine_rows": min(samples, 10_000_000)}
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        engine(folder, found["engine_rows"], ranks, found)
+        found["databases"] = measure(options.peers, DATABASES, folder, samples, ranks)
+        over_http(folder, samples, ranks, found)
+        slots(folder, min(samples, 2_000_000), found)
+        found["trackers"] = {
+            "lens": as_tracker(folder, points),
+            **measure(options.peers, TRACKERS, folder, points, ranks),
+        }
+    found["ingest_rows_s_duckdb"] = found["databases"]["duckdb"].get("rows_s")
     found["seconds"] = time.perf_counter() - began
-    print(f"{found['samples']:,} samples of {found['series']:,} series\n")
-    for label, key, form in ROWS:
-        value = found[key]
-        print(f"{label:<48} {'absent (not installed)' if value is None else form.format(value):>16}")
-    print(
-        f"\npeers not installed here: {', '.join(found['peers_absent']) or 'none'}; trackers are not compared yet"
-    )
+    print(tables(found))
+    if options.out:
+        command = f"python benchmarks/store.py --samples {samples} --ranks {ranks} --points {points} --peers PEERS/bin/python"
+        about = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, load {load:.1f} before, {found['seconds'] / 60:.0f} minutes"
+        options.out.write_text(f"# The store, peers beside it\n\n`{command}`, {about}.\n\n{tables(found)}\n")
     if options.json:
         print(json.dumps(found))
     return 0

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
+from lens.store.export import rows
 from lens.store.export.rows import ORDER
 
 from .helpers import SECOND, START, ndjson, sample, step_span
@@ -59,6 +60,16 @@ def test_parquet_and_arrow_hold_a_table_with_its_types(client: TestClient, run: 
     assert table.column("value").to_pylist() == [300.0, 2.0, 1.0, 0.0, -1.0, -2.0]
     streamed = client.get(run, params={"format": "arrow", "metric": "train.loss"}).content
     assert pa.ipc.open_stream(streamed).read_all().num_rows == 5
+
+
+def test_metrics_read_together_or_one_by_one_are_the_same_file(
+    client: TestClient, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in ("samples", "vectors"):
+        monkeypatch.setattr(rows, "ROWS_AT_ONCE", 1_000_000)
+        together = client.get(run, params={"format": "csv", "table": table}).content
+        monkeypatch.setattr(rows, "ROWS_AT_ONCE", 1)
+        assert client.get(run, params={"format": "csv", "table": table}).content == together
 
 
 def test_csv_quotes_what_it_must_and_leaves_absent_values_empty(client: TestClient, run: str) -> None:

@@ -31,6 +31,8 @@ ORDER = {
 }
 """What can be exported, and how its rows are sorted."""
 BATCH_ROWS = 100_000
+ROWS_AT_ONCE = 1_000_000
+"""Metrics are read together up to so many rows, about: a query each would take longer than the rows of a small run."""
 DERIVED = {
     "step.duration": (_of_steps("step.duration", "duration_s"), "steps"),
     "step.tokens": (_of_steps("step.tokens", "toFloat64(tokens)"), "steps"),
@@ -42,6 +44,8 @@ DERIVED = {
     ),
 }
 """Metrics that no sample holds: they are asked for as if it did, and come from the view named second."""
+_COUNTED = {"samples": ("rollup", "sum(count + odd)"), "vectors": ("vectors", "count()")}
+"""Where it can be seen how many rows a series has."""
 _TIME = {"samples": "t_ns", "vectors": "t_ns", "events": "t_ns"}
 BY_METRIC = ("samples", "vectors")
 _NESTED = {"samples": ("labels",), "vectors": ("labels", "values")}
@@ -91,23 +95,45 @@ class Rows:
         `flat` gives maps and lists as JSON; `only` are the metrics wanted of samples or vectors.
         """
         empty = True
-        for metric in self._metrics(only) if table in BY_METRIC else (None,):
-            for batch in self._store.stream(self._sql(table, metric, flat) + _SETTINGS, BATCH_ROWS):
+        for metrics in self._together(table, only) if table in BY_METRIC else (None,):
+            for batch in self._store.stream(self._sql(table, metrics, flat) + _SETTINGS, BATCH_ROWS):
                 empty = False
                 yield batch
         if empty:
             found = self._store.query(f"{self._sql(table, None, flat)} LIMIT 0")
             yield pa.RecordBatch.from_pylist([], found.schema)
 
-    def _metrics(self, only: frozenset[str] | None) -> list[str]:
+    def _together(self, table: str, only: frozenset[str] | None) -> Iterator[list[str]]:
+        """The metrics wanted, in their order, as many at a time as are worth a query."""
         if self._metric is not None:
-            return [self._metric]
-        known = {series.metric for series in self._registry.series(self._run.number)}
-        return sorted(known if only is None else known & only)
+            yield [self._metric]
+            return
+        rows = self._rows_of_metrics(table)
+        some: list[str] = []
+        for metric in sorted(rows if only is None else rows.keys() & only):
+            if some and sum(rows[each] for each in some) + rows[metric] > ROWS_AT_ONCE:
+                yield some
+                some = []
+            some.append(metric)
+        if some:
+            yield some
 
-    def _sql(self, table: str, metric: str | None, flat: bool) -> str:
-        chosen = {} if metric is None else {table: [metric]}
-        source, view = DERIVED.get(metric or "", ("", table)) if table == "samples" else ("", table)
+    def _rows_of_metrics(self, table: str) -> dict[str, int]:
+        source, count = _COUNTED[table]
+        known = {series.mid: series.metric for series in self._registry.series(self._run.number)}
+        found = self._store.query(
+            f"SELECT mid, {count} AS rows FROM lens.{source} WHERE run = {self._run.number} GROUP BY mid"
+        )
+        rows: dict[str, int] = {}
+        for mid, number in zip(found.column("mid").to_pylist(), found.column("rows").to_pylist(), strict=True):
+            if mid in known:
+                rows[known[mid]] = rows.get(known[mid], 0) + number
+        return rows
+
+    def _sql(self, table: str, metrics: list[str] | None, flat: bool) -> str:
+        chosen = {} if metrics is None else {table: metrics}
+        derived = DERIVED.get(metrics[0]) if metrics and table == "samples" else None
+        source, view = derived or ("", table)
         views = with_clause([view], {self._run.number: self._run.id}, chosen)
         nested = [f"toJSONString({name}) AS {name}" for name in _NESTED.get(table, ()) if flat]
         columns = f"* REPLACE ({', '.join(nested)})" if nested else "*"
