@@ -1,7 +1,9 @@
 """A run as a file for other tools: Parquet, CSV, Arrow, or a trace for ui.perfetto.dev.
 
 Parquet, CSV and Arrow hold one table (samples, unless --table names another); --table all makes a ZIP of all tables.
-Example: lens export latest --format perfetto -o run.json.gz
+--iceberg writes all tables as Apache Iceberg, beside those of other runs.
+Examples: lens export latest --format perfetto -o run.json.gz
+          lens export latest --iceberg warehouse
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lens.cli.errors import DONE, FAILED, UNUSABLE, CommandError
+from lens.cli.errors import DONE, FAILED, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
-from lens.cli.reader import choose_run, open_reader
+from lens.cli.reader import RunReader, choose_run, open_reader
 
-HELP = "a run as Parquet, CSV, Arrow or a Perfetto trace"
+HELP = "a run as Parquet, CSV, Arrow, a Perfetto trace or Iceberg tables"
 FORMATS = ("parquet", "csv", "arrow", "perfetto")
 TABLES = ("samples", "steps", "spans", "collectives", "vectors", "events", "all")
 
@@ -31,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="where to (default: named after the run); - prints it"
     )
+    parser.add_argument(
+        "--iceberg", metavar="FOLDER", type=Path, help="all tables into this local warehouse, in place of a file"
+    )
     add_data(parser)
     add_server(parser)
 
@@ -40,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     reader = open_reader(settings_of(arguments))
     try:
         run = choose_run(reader, arguments.run)
+        if arguments.iceberg:
+            return _iceberg(reader, run, arguments)
         parts = reader.exported(run, arguments.format, arguments.table, arguments.first, arguments.last)
         if arguments.output == "-":
             for part in parts:
@@ -56,6 +63,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"run": run, "file": str(path), "bytes": size}))
     else:
         print(f"{path}: {size:,} bytes of run {run}")
+    return DONE
+
+
+def _iceberg(reader: RunReader, run: str, arguments: argparse.Namespace) -> int:
+    try:
+        from lens.reading.iceberg import write_iceberg
+    except ImportError as error:
+        raise missing_extra(error, "iceberg") from error
+    rows = write_iceberg(
+        lambda table: reader.exported(run, "arrow", table, arguments.first, arguments.last), run, arguments.iceberg
+    )
+    if arguments.json:
+        print(json.dumps({"run": run, "warehouse": str(arguments.iceberg), "rows": rows}))
+    else:
+        told = ", ".join(f"{count:,} of {table}" for table, count in rows.items() if count)
+        print(f"{arguments.iceberg}: run {run}, rows {told or 'none'}")
     return DONE
 
 

@@ -28,6 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--public", action="store_true", help="allow an address that other machines can reach")
+    parser.add_argument(
+        "--otlp-grpc", type=int, metavar="PORT", help="take OpenTelemetry metrics over gRPC too (usually 4317)"
+    )
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
@@ -66,8 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
                 ready=ready,
                 mount=dashboard.mount,
                 public=arguments.public,
+                otlp_grpc=arguments.otlp_grpc,
             )
         )
+    except ImportError as error:
+        raise missing_extra(error, "grpc") from error
     except StoreError as error:
         raise CommandError(str(error), error.hint, UNREACHABLE) from error
     except OSError as error:

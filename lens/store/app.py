@@ -19,6 +19,7 @@ from lens.store import ingest, live, reads
 from lens.store.access import Access, Guard, guard_of, token_of
 from lens.store.alerts import Alerts
 from lens.store.bridges import route as bridges
+from lens.store.bridges.otlp_grpc import MetricsService
 from lens.store.export import route as export
 from lens.store.folder import DataFolder, Limits
 from lens.store.ingest import Ingest
@@ -26,7 +27,7 @@ from lens.store.live import LiveFeed
 from lens.store.ownership import read_server
 from lens.store.prices import Prices
 from lens.store.query import Query
-from lens.store.replies import error_reply, install_error_handlers, json_reply
+from lens.store.replies import error_reply, install_error_handlers, json_reply, status_of
 from lens.store.sql import route as sql
 from lens.store.tokens import Tokens
 from lens.store.upkeep import route as upkeep
@@ -46,19 +47,25 @@ def create_app(
     limits: Limits | None = None,
     guard: Guard | None = None,
     hosts: Iterable[str] = (),
+    otlp_grpc: str | None = None,
 ) -> FastAPI:
     """The application for a data folder.
 
     `store` is the folder, if it is open already; the application closes it when it ends. `guard` says who may ask;
-    without it, those of this machine who know the token of the folder, by the usual names and `hosts`.
+    without it, those of this machine who know the token of the folder, by the usual names and `hosts`. `otlp_grpc` is
+    an address to take OTLP over gRPC at too.
 
     Raises:
         StoreError: the token file cannot be kept.
         SettingsError: a price or the webhook's URL cannot be used.
+        ImportError, OSError: gRPC is asked for and not installed, or its address cannot be listened on.
     """
     prices = Prices.parse(settings.device_hour_price)
     webhook = Webhook(settings.alert_webhook, partial(_page_of, settings.data)) if settings.alert_webhook else None
     rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts, Tokens(settings.data))
+
+    bounds = limits or (store.limits if store is not None else Limits())
+    grpc = MetricsService(otlp_grpc, rules, bounds.body, bounds.requests) if otlp_grpc else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,9 +84,14 @@ def create_app(
         verdicts.start()
         if webhook:
             webhook.start()
+        if grpc is not None:
+            ingest, recent = app.state.ingest, app.state.recent
+            grpc.start(lambda body, read: bridges.store_body(ingest, recent, body, read), status_of)
         try:
             yield
         finally:
+            if grpc is not None:
+                await anyio.to_thread.run_sync(grpc.stop)
             verdicts.stop()
             if webhook:
                 webhook.stop()
@@ -89,6 +101,7 @@ def create_app(
 
     # No /docs: that page would load scripts from elsewhere.
     app = FastAPI(title="lens", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.otlp_grpc_port = grpc.port if grpc is not None else None
     install_error_handlers(app)
     for router in _ROUTERS:
         app.include_router(router)

@@ -88,9 +88,14 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
+def status_of(error: StoreError) -> int:
+    """The status that an error is answered with."""
+    return error.status if isinstance(error, HttpError) else _STATUSES.get(type(error), 500)
+
+
 async def _store_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StoreError)
-    status = error.status if isinstance(error, HttpError) else _STATUSES.get(type(error), 500)
+    status = status_of(error)
     if status == 500:
         logger.error("%s %s: %s", request.method, request.url.path, error)
     return error_reply(status, str(error), error.hint or "see the server's log")

@@ -33,6 +33,7 @@ def serve(
     public: bool = False,
     names: Iterable[str] = (),
     limits: Limits | None = None,
+    otlp_grpc: int | None = None,
 ) -> int:
     """Serve a data folder until told to stop (Ctrl-C, SIGTERM); returns the exit status.
 
@@ -42,11 +43,13 @@ def serve(
         mount: attaches pages to the application.
         public: allow an address that other machines can reach.
         names: further names that clients may call the server by.
+        otlp_grpc: a port to take OTLP metrics over gRPC at, on the same address.
 
     Raises:
         FolderOwnedError: another process has the folder; its URL is in the error.
         StoreError: the folder cannot be opened, or the address needs `public`.
         OSError: the address cannot be listened on.
+        ImportError: gRPC is asked for and not installed.
     """
     if not public and not is_loopback(host):
         raise StoreError(
@@ -62,7 +65,19 @@ def serve(
         raise
     token = token_of(settings.data, settings.token)
     own_names = {*names, *((settings.host, socket.gethostname(), socket.getfqdn()) if public else ())}
-    app = create_app(settings, store=folder, guard=guard_of(token, host, own_names, Tokens(settings.data)))
+    try:
+        app = create_app(
+            settings,
+            store=folder,
+            guard=guard_of(token, host, own_names, Tokens(settings.data)),
+            otlp_grpc=None
+            if otlp_grpc is None
+            else f"{f'[{host}]' if ':' in host else host or '0.0.0.0'}:{otlp_grpc}",
+        )
+    except BaseException:
+        listener.close()
+        folder.close()
+        raise
     if mount is not None:
         mount(app)
     bound = listener.getsockname()[1]

@@ -99,13 +99,17 @@ async def _take(request: Request, read: Callable[[bytes, Ingest], Gathered]) -> 
     recent: Recent = request.app.state.recent
     with ingest.place():
         parts = await read_body(request, ingest.folder.limits.body)
-        return await anyio.to_thread.run_sync(_store, ingest, recent, parts, read, limiter=ingest.workers)
+        return await anyio.to_thread.run_sync(
+            lambda: store_body(ingest, recent, b"".join(parts), read), limiter=ingest.workers
+        )
 
 
-def _store(
-    ingest: Ingest, recent: Recent, parts: list[bytes], read: Callable[[bytes, Ingest], Gathered]
-) -> Gathered:
-    body = b"".join(parts)
+def store_body(ingest: Ingest, recent: Recent, body: bytes, read: Callable[[bytes, Ingest], Gathered]) -> Gathered:
+    """Keep what a reader finds in a body, unless the same bytes were taken lately. On disk when this returns.
+
+    Raises:
+        StoreError: it cannot be read or kept.
+    """
     if recent.has(body):
         return Gathered()
     gathered = read(body, ingest)
