@@ -10,6 +10,7 @@
     lens store delete RUN                      # delete a run with all its records, for good
     lens store token                           # who has a token beside the owner, and what for
     lens store token NAME --scope ingest,read  # make one (ingest, read, admin); it is shown once
+    lens store token NAME --scope read --project moe  # for the runs of this project alone
     lens store token NAME --off                # take it back
 
 A server deletes what is past its time every hour. While one runs, this verb asks it; else it opens the folder.
@@ -54,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope", metavar="SCOPES", help="token: what it is for: ingest, read, admin; several with commas"
     )
+    parser.add_argument("--project", metavar="PROJECT", help="token: for the runs of this project alone")
     parser.add_argument("--yes", action="store_true", help="delete: do not ask")
     add_data(parser)
     add_server(parser)
@@ -170,6 +172,8 @@ def _check(arguments: argparse.Namespace) -> None:
         problem = "--run and --follow belong to lens store retention"
     elif action not in ("retention", "token") and arguments.off:
         problem = "--off belongs to lens store retention and lens store token"
+    elif arguments.project and (action != "token" or not arguments.scope):
+        problem = "--project belongs to lens store token NAME --scope"
     elif arguments.scope and (action != "token" or word is None):
         problem = "--scope belongs to lens store token NAME"
     elif action == "token" and (arguments.off if word is None else bool(arguments.scope) == arguments.off):
@@ -275,22 +279,25 @@ def _token(data: Path, arguments: argparse.Namespace) -> int:
             print(json.dumps({"name": name}) if arguments.json else f"the token of {name} holds no more")
             return DONE
         scopes = sorted({scope.strip() for scope in arguments.scope.split(",")})
-        token = tokens.add(name, scopes)
-        audit.note(local_user(), "token.added", name=name, scopes=scopes)
+        token = tokens.add(name, scopes, arguments.project)
+        of_project = {"project": arguments.project} if arguments.project else {}
+        audit.note(local_user(), "token.added", name=name, scopes=scopes, **of_project)
     except StoreError as error:
         raise CommandError(str(error), error.hint or _HINT, UNUSABLE) from error
-    print(json.dumps({"name": name, "scopes": scopes, "token": token}) if arguments.json else token)
+    said = {"name": name, "scopes": scopes, "token": token, **of_project}
+    print(json.dumps(said) if arguments.json else token)
     return DONE
 
 
 def _list_tokens(holders: list[Holder], as_json: bool) -> int:
     if as_json:
-        rows = [
-            {"name": each.name, "scopes": sorted(each.scopes), "created_ns": each.created_ns} for each in holders
-        ]
+        rows = [{**vars(each), "scopes": sorted(each.scopes)} for each in holders]
         print(json.dumps({"tokens": rows}))
         return DONE
-    lines = [f"{each.name}: {', '.join(sorted(each.scopes))}" for each in holders]
+    lines = [
+        f"{each.name}: {', '.join(sorted(each.scopes))}" + (f", runs of {each.project}" if each.project else "")
+        for each in holders
+    ]
     print("\n".join(lines) or "nobody but the owner has a token")
     return DONE
 

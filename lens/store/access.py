@@ -19,10 +19,13 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import anyio.to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lens.store.errors import StoreError
+from lens.store.audit import Refusals
+from lens.store.errors import StoreError, UnknownRunError
+from lens.store.projects import PROJECT, belongs, is_open, named_run
 from lens.store.tokens import ADMIN, INGEST, OWNER, READ, Holder, Tokens
 
 logger = logging.getLogger(__name__)
@@ -125,8 +128,8 @@ def token_of(folder: Path, given: str | None = None) -> str:
 class Access:
     """Lets a request through, or answers it with why not."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
-        self._app, self._guard = app, guard
+    def __init__(self, app: ASGIApp, guard: Guard, refusals: Refusals | None = None) -> None:
+        self._app, self._guard, self._refusals = app, guard, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request or websocket."""
@@ -136,8 +139,15 @@ class Access:
         refusal = self._refusal(scope, Headers(scope=scope))
         if refusal is None:
             await self._app(scope, receive, send)
-        else:
-            await refusal.answer(scope, send)
+            return
+        if self._refusals is not None and refusal.status in (401, 403):
+            who, address = scope.get(HOLDER, "nobody"), (scope.get("client") or ("",))[0]
+            request = f"{scope.get('method', 'WS')} {scope['path']}"
+            # Not on the event loop: a line is on disk when this returns.
+            await anyio.to_thread.run_sync(
+                self._refusals.note, who, address, refusal.status, request, refusal.error
+            )
+        await refusal.answer(scope, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> _Refusal | None:
         host = headers.get("host", "")
@@ -180,6 +190,7 @@ class Access:
             )
             said = "the token is wrong" if authorization else "a token is needed"
             return _Refusal(401, said, hint, (("www-authenticate", "Bearer"),))
+        scope[HOLDER], scope[PROJECT] = holder.name, holder.project
         needed = scope_of(scope.get("method", "GET"), scope["path"])
         if not holder.may(needed):
             return _Refusal(
@@ -187,8 +198,22 @@ class Access:
                 f"the token of {holder.name} is not for this: {needed} is needed",
                 "ask for one: lens store token",
             )
-        scope[HOLDER] = holder.name
-        return None
+        return self._outside(scope, holder) if holder.project is not None else None
+
+    def _outside(self, scope: Scope, holder: Holder) -> _Refusal | None:
+        """Refuse a token of one project what is not of it; a run of another is as one that is not there."""
+        if not is_open(scope["path"]):
+            return _Refusal(
+                403, f"the token of {holder.name} is for runs of {holder.project} alone", "ask for one for all runs"
+            )
+        name = named_run(scope["path"])
+        if name is None:
+            return None
+        run = scope["app"].state.folder.registry.find(name)
+        if run is not None and belongs(run, holder.project):
+            return None
+        unknown = UnknownRunError(name)
+        return _Refusal(404, str(unknown), unknown.hint)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lens.settings import Settings
 from lens.store import ingest, live, reads
 from lens.store.access import Access, Guard, guard_of, token_of
 from lens.store.alerts import Alerts
+from lens.store.audit import Audit, Refusals
 from lens.store.bridges import route as bridges
 from lens.store.bridges.otlp_grpc import MetricsService
 from lens.store.export import route as export
@@ -64,8 +65,9 @@ def create_app(
     webhook = Webhook(settings.alert_webhook, partial(_page_of, settings.data)) if settings.alert_webhook else None
     rules = guard or guard_of(token_of(settings.data, settings.token), "127.0.0.1", hosts, Tokens(settings.data))
 
+    refusals = Refusals(Audit(settings.data))
     bounds = limits or (store.limits if store is not None else Limits())
-    grpc = MetricsService(otlp_grpc, rules, bounds.body, bounds.requests) if otlp_grpc else None
+    grpc = MetricsService(otlp_grpc, rules, bounds.body, bounds.requests, refusals) if otlp_grpc else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,7 +88,7 @@ def create_app(
             webhook.start()
         if grpc is not None:
             ingest, recent = app.state.ingest, app.state.recent
-            grpc.start(lambda body, read: bridges.store_body(ingest, recent, body, read), status_of)
+            grpc.start(lambda *words: bridges.store_body(ingest, recent, *words), status_of)
         try:
             yield
         finally:
@@ -96,6 +98,7 @@ def create_app(
             if webhook:
                 webhook.stop()
             worker.close()
+            await anyio.to_thread.run_sync(refusals.close)
             await anyio.to_thread.run_sync(keeper.stop)
             await anyio.to_thread.run_sync(folder.close)
 
@@ -108,7 +111,7 @@ def create_app(
     app.add_api_route("/healthz", _health, methods=["GET"], summary="Whether the server works", tags=["server"])
     # Pages are attached later and answer any path: what is unknown under /api must not reach them.
     app.add_api_route("/api/{path:path}", _unknown, methods=_ALL_METHODS, include_in_schema=False)
-    app.add_middleware(Access, guard=rules)
+    app.add_middleware(Access, guard=rules, refusals=refusals)
     return app
 
 

@@ -19,7 +19,9 @@ from lens.store.encodings import unpack
 from lens.store.errors import UndecodableError, UnknownRunError
 from lens.store.folder import DataFolder, Receipt
 from lens.store.live import LiveFeed
+from lens.store.projects import OtherProjectError, belongs, claimed, project_of
 from lens.store.replies import HttpError, json_reply
+from lens.store.runs import Run
 from lens.store.verdicts import Verdicts
 from lens.tables import Tables
 
@@ -93,6 +95,7 @@ _RUN_SCHEMA = json_schema(
         "properties": {
             "run": {"type": "string", "minLength": 1, "maxLength": 128},
             "name": {"type": "string"},
+            "project": {"type": "string", "description": "Whose run it is, for tokens of one project; said once"},
             "world_size": {"type": "integer", "minimum": 1},
             "ranks": {"type": "array", "items": {"type": "object", "required": ["rank"]}},
             "groups": {"type": "object"},
@@ -119,7 +122,15 @@ async def describe_run(request: Request) -> Response:
         raise UndecodableError(
             f"the body is not JSON: {error}", 'send {"run": "my-run", "world_size": 4}'
         ) from error
-    run, is_new = await anyio.to_thread.run_sync(ingest.folder.describe_run, described, limiter=ingest.workers)
+    project = project_of(request.scope)
+
+    def describe() -> tuple[Run, bool]:
+        known, is_new = ingest.folder.describe_run(claimed(ingest.folder.registry, described, project))
+        if not belongs(known, project):
+            raise OtherProjectError(known.id)  # somebody else's description came in between
+        return known, is_new
+
+    run, is_new = await anyio.to_thread.run_sync(describe, limiter=ingest.workers)
     return json_reply(run.described, 201 if is_new else 200)
 
 

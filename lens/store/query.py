@@ -24,6 +24,7 @@ from lens.store.folder import DataFolder
 from lens.store.history import ForgottenError, Histories, Update
 from lens.store.now import now_of
 from lens.store.prices import Prices
+from lens.store.projects import those_of
 from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, OWN_TIME, PHASE_DURATION, Selection, has_own_time
 from lens.store.runs import Run
@@ -81,10 +82,10 @@ class Query:
         """Give the folder back (only for a `Query` of `open_folder`)."""
         self._folder.close()
 
-    def runs(self) -> list[dict[str, Any]]:
+    def runs(self, project: str | None = None) -> list[dict[str, Any]]:
         """Every run, newest first: run, name, world_size, started_ns, last_step, last_t_ns, age_s, ranks_reporting,
-        state (live, stale, ended), simulated, tags."""
-        return [self._summary(run) for run in self._folder.registry.runs()]
+        state (live, stale, ended), simulated, tags. Of one project alone if that is named."""
+        return [self._summary(run) for run in those_of(self._folder.registry.runs(), project)]
 
     def run(self, run: str) -> dict[str, Any]:
         """One run: its summary and ranks, groups, experts, config, data_versions, device_hour_price, metrics, drops."""
@@ -198,10 +199,11 @@ class Query:
             )
         return {"step": step, "ranks": ranks}
 
-    def sql(self, sql: str, run: str | None = None, limit: int = 10_000) -> SqlAnswer:
-        """The first `limit` rows of a user's SELECT over `sql.views.VIEWS`, of all runs or of one; see `Guest.ask`."""
+    def sql(self, sql: str, run: str | None = None, limit: int = 10_000, project: str | None = None) -> SqlAnswer:
+        """The first `limit` rows of a user's SELECT over `sql.views.VIEWS`, of all runs, of one, or of a project's;
+        see `Guest.ask`."""
         self._folder.settle()
-        return self._guest.ask(sql, run, limit)
+        return self._guest.ask(sql, run, limit, project)
 
     def sql_reply(self, sql: str, run: str | None = None, limit: int = 10_000) -> dict[str, Any]:
         """The same as a JSON object; see `sql.answer.reply_of`."""

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from lens.store import query as reading
 from lens.store.charts import MOST_CELLS, Window
 from lens.store.errors import BadQueryError
+from lens.store.projects import project_of
 from lens.store.relations import Selection
 from lens.store.replies import json_reply, worded
 
@@ -25,7 +26,7 @@ Bound = Annotated[int | None, Query(ge=-(2**62), le=2**62, description="A step, 
 @router.get("/runs", summary="Every run, newest first")
 def list_runs(request: Request) -> Response:
     """{"runs": […]}."""
-    return json_reply({"runs": _query(request).runs()})
+    return json_reply({"runs": _query(request).runs(project_of(request.scope))})
 
 
 @router.get("/runs/{run}", summary="One run: topology, last step, data age, ranks reporting, drops")

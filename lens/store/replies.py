@@ -25,6 +25,7 @@ from lens.store.errors import (
     UnknownRunError,
     UnknownStepError,
 )
+from lens.store.projects import OtherProjectError
 from lens.store.runs import BadRunError
 from lens.store.upkeep.retention import BadRetentionError
 
@@ -35,6 +36,7 @@ _STATUSES: dict[type[StoreError], int] = {
     UnknownStepError: 404,
     BadQueryError: 400,
     BadRunError: 400,
+    OtherProjectError: 403,
     BadRetentionError: 400,
     UndecodableError: 400,
     TooLargeError: 413,

@@ -10,6 +10,7 @@ from typing import Any
 from lens.store.errors import StoreError
 
 RUN_ID = re.compile(r"[^\x00-\x1f\x7f/\\?#%]{1,128}")
+PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 _OBJECTS = ("experts", "config", "data_versions")
 
 
@@ -61,6 +62,8 @@ def checked(described: Any) -> dict[str, Any]:
 def merged(known: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """What is known, with what was said now: newer wins, lists of ranks and tags grow, nothing known is unsaid."""
     result = {**known, **said}
+    if known.get("project"):
+        result["project"] = known["project"]  # a run stays where it is, whoever describes it
     if known.get("ranks") or said.get("ranks"):
         result["ranks"] = _merged_ranks(known.get("ranks") or [], said.get("ranks") or [])
     for key in _OBJECTS:
@@ -107,6 +110,10 @@ def _are_texts(value: Any) -> bool:
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "name": (lambda value: isinstance(value, str), "text is needed"),
+    "project": (
+        lambda value: isinstance(value, str) and PROJECT_NAME.fullmatch(value) is not None,
+        "1 to 64 letters, digits and _ . @ - are needed",
+    ),
     "world_size": (lambda value: _is_whole(value) and value > 0, "a whole number from 1 on is needed"),
     "ranks": (_are_ranks, "a list of objects, each with its rank, is needed"),
     "groups": (_are_groups, "an object of lists of lists of ranks is needed"),

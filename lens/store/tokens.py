@@ -38,6 +38,8 @@ class Holder:
     name: str
     scopes: frozenset[str]
     created_ns: int = 0
+    project: str | None = None
+    """The one project whose runs it is for; None for all."""
 
     def may(self, scope: str) -> bool:
         """Whether the token is for this."""
@@ -69,7 +71,7 @@ class Tokens:
         """Everybody who has one, by name."""
         return sorted(self._read().values(), key=lambda holder: holder.name)
 
-    def add(self, name: str, scopes: Iterable[str]) -> str:
+    def add(self, name: str, scopes: Iterable[str], project: str | None = None) -> str:
         """A new token, which is nowhere kept and cannot be shown again.
 
         Raises:
@@ -80,13 +82,19 @@ class Tokens:
             raise StoreError(f"{name!r} is no name for a token", "use letters, digits and _ . @ -")
         if not wanted or wanted - set(SCOPES):
             raise StoreError("a token is for ingest, read or admin", "several with commas: ingest,read")
+        if project is not None and not _NAME.fullmatch(project):
+            raise StoreError(f"{project!r} is no name of a project", "use letters, digits and _ . @ -")
+        if project is not None and ADMIN in wanted:
+            raise StoreError(
+                "a token of one project is for ingest and read", "who administers a store sees all of it"
+            )
         token = secrets.token_urlsafe(32)
         with self._changing() as holders:
             if any(holder.name == name for holder in holders.values()):
                 raise StoreError(
                     f"there is a token of {name}", f"take it back first: lens store token {name} --off"
                 )
-            holders[_hash(token)] = Holder(name, wanted, time.time_ns())
+            holders[_hash(token)] = Holder(name, wanted, time.time_ns(), project)
         return token
 
     def remove(self, name: str) -> None:
@@ -138,14 +146,23 @@ def _hash(token: str) -> str:
 def _loaded(path: Path) -> dict[str, Holder]:
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())["tokens"]
-        return {row["sha256"]: Holder(row["name"], frozenset(row["scopes"]), row["created_ns"]) for row in rows}
+        return {
+            row["sha256"]: Holder(row["name"], frozenset(row["scopes"]), row["created_ns"], row.get("project"))
+            for row in rows
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unusable(path, error) from error
 
 
 def _save(path: Path, holders: dict[str, Holder]) -> None:
     rows = [
-        {"name": each.name, "scopes": sorted(each.scopes), "sha256": key, "created_ns": each.created_ns}
+        {
+            "name": each.name,
+            "scopes": sorted(each.scopes),
+            "sha256": key,
+            "created_ns": each.created_ns,
+            **({"project": each.project} if each.project is not None else {}),
+        }
         for key, each in holders.items()
     ]
     partial = path.with_suffix(".new")

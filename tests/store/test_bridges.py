@@ -147,6 +147,13 @@ def test_a_request_sent_again_is_stored_once(client: TestClient) -> None:
     for _ in range(3):
         assert client.post("/api/v1/write", content=written, headers=PROTOBUF).status_code == 204
     assert rows(client, "r") == [["a", 1.0], ["up", 1.0]]
+    assert client.post(
+        "/v1/metrics?run=other", content=json.dumps(request(gauge("a", 1.0))), headers=JSON
+    ).is_success
+    assert client.post(
+        "/v1/metrics?run=third", content=json.dumps(request(gauge("a", 1.0))), headers=JSON
+    ).is_success
+    assert rows(client, "other") == rows(client, "third") == [["a", 1.0]], "the same bytes for another run"
 
 
 def test_remote_write_is_stored_without_its_marks_of_the_end(client: TestClient) -> None:

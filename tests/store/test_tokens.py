@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.testclient import WebSocketDenialResponse
 
 from lens.settings import Settings
 from lens.store.access import scope_of
+from lens.store.audit import Audit, Refusals
 from lens.store.errors import StoreError
 from lens.store.tokens import ADMIN, FILE, INGEST, READ, Tokens
 
@@ -181,3 +183,95 @@ def test_nothing_is_done_that_cannot_be_noted(client: TestClient, settings: Sett
     assert client.post("/api/v1/store/compact").status_code == 500
     assert client.get("/api/v1/runs/r").status_code == 200
     assert client.get("/api/v1/store/compact").json() == {"status": "idle"}
+
+
+def test_a_token_of_a_project_sees_its_runs_alone_wherever_runs_are_shown(
+    client: TestClient, settings: Settings
+) -> None:
+    client.post("/api/v1/runs", json={"run": "theirs", "project": "dense"})
+    client.post("/api/v1/runs", json={"run": "nobodys"})
+    token = Tokens(settings.data).add("team", {INGEST, READ}, "moe")
+    mine = {"authorization": f"Bearer {token}"}
+    reply = client.post("/api/v1/runs", json={"run": "ours", "project": "dense"}, headers=mine)
+    assert (reply.status_code, reply.json()["project"]) == (201, "moe"), "what it describes is of its project"
+    for run in ("ours", "theirs", "nobodys"):
+        line = json.dumps({"type": "sample", "t_ns": time.time_ns(), "metric": "m", "value": 1.0}).encode()
+        moved = json.dumps({"type": "run", "run": run, "project": "elsewhere"}).encode()
+        path = f"/api/v1/runs/{run}/records"
+        sent = client.post(path, content=moved + b"\n" + line, headers={**NDJSON, **mine})
+        assert sent.status_code == (200 if run == "ours" else 404)
+        if run != "ours":
+            assert client.post(path, content=line, headers=NDJSON).status_code == 200
+            assert client.post("/api/v1/runs", json={"run": run}, headers=mine).status_code == 403
+    assert [run["run"] for run in client.get("/api/v1/runs", headers=mine).json()["runs"]] == ["ours"]
+    for path in ("", "/now", "/series?metric=m", "/export?format=csv", "/alerts", "/latest?metric=m"):
+        assert client.get(f"/api/v1/runs/ours{path}", headers=mine).status_code == 200, path
+        assert client.get(f"/api/v1/runs/theirs{path}", headers=mine).status_code == 404, path
+        assert client.get(f"/api/v1/runs/theirs{path}").status_code == 200, path
+    for sql in ("SELECT run FROM samples", "SELECT run FROM runs", "SELECT run FROM samples WHERE run = 'theirs'"):
+        rows = client.post("/api/v1/query", json={"sql": sql}, headers=mine).json()["rows"]
+        assert rows == ([] if "theirs" in sql else [["ours"]]), sql
+    asked = {"sql": "SELECT 1", "run": "theirs"}
+    assert client.post("/api/v1/query", json=asked, headers=mine).status_code == 404
+    scraped = client.get("/metrics", headers=mine).text
+    assert 'run="ours"' in scraped
+    assert 'run="theirs"' not in scraped
+    assert client.get("/metrics?run=theirs", headers=mine).status_code == 404
+    for path in ("/api/v1/store", "/api/v1/store/retention", "/api/v1/anything"):
+        assert client.get(path, headers=mine).status_code == 403, path
+
+
+def test_metrics_sent_with_a_token_of_a_project_make_its_runs_and_reach_no_others(
+    client: TestClient, settings: Settings
+) -> None:
+    client.post("/api/v1/runs", json={"run": "theirs", "project": "dense"})
+    token = Tokens(settings.data).add("team", {INGEST, READ}, "moe")
+    point = {"dataPoints": [{"timeUnixNano": "1", "asDouble": 1.0}]}
+    metrics = {"resourceMetrics": [{"scopeMetrics": [{"metrics": [{"name": "m", "gauge": point}]}]}]}
+    headers = {"authorization": f"Bearer {token}"}
+    assert client.post("/v1/metrics?run=new", json=metrics, headers=headers).json() == {}
+    refused = client.post("/v1/metrics?run=theirs", json=metrics, headers=headers).json()
+    assert refused["partialSuccess"]["rejectedDataPoints"] == "1"
+    assert [run["run"] for run in client.get("/api/v1/runs", headers=headers).json()["runs"]] == ["new"]
+
+
+def test_a_project_is_no_place_to_administer_from(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="ingest and read"):
+        Tokens(tmp_path).add("bob", {ADMIN}, "moe")
+    with pytest.raises(StoreError, match="no name of a project"):
+        Tokens(tmp_path).add("bob", {READ}, "a/b")
+
+
+def refusals_of(settings: Settings) -> list[dict[str, Any]]:
+    noted = [json.loads(line) for line in (settings.data / "audit.ndjson").read_text().splitlines()]
+    return [line for line in noted if line["action"] == "refused"]
+
+
+def test_refused_attempts_are_noted_with_who_tried_what_and_without_the_token(
+    client: TestClient, settings: Settings
+) -> None:
+    token = Tokens(settings.data).add("bob", {READ})
+    assert ask(client, "a-wrong-one", "GET", "/api/v1/runs", {}) == 401
+    assert ask(client, token, "DELETE", "/api/v1/runs/r", {}) == 403
+    assert ask(client, token, "GET", "/api/v1/runs/r", {}) == 404
+    assert client.get("/api/v1/runs", headers={"host": "evil.example"}).status_code == 403
+    wrong, bobs, foreign = refusals_of(settings)
+    assert (wrong["who"], wrong["status"], wrong["request"]) == ("nobody", 401, "GET /api/v1/runs")
+    assert (bobs["who"], bobs["status"], bobs["request"]) == ("bob", 403, "DELETE /api/v1/runs/r")
+    assert "admin is needed" in bobs["why"]
+    assert foreign["status"] == 403
+    text = (settings.data / "audit.ndjson").read_text()
+    assert "a-wrong-one" not in text
+    assert token not in text
+
+
+def test_whoever_tries_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:
+    refusals = Refusals(Audit(tmp_path), window_s=1000, most=5)
+    for number in range(300):
+        refusals.note("nobody", f"10.0.0.{number % 50}", 401, "GET /" + "x" * 5000, "a token is needed")
+    refusals.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.ndjson").read_text().splitlines()]
+    told = sum(line.get("more", 1) for line in lines)
+    assert len(lines) <= 12
+    assert told == 300
+    assert all(len(json.dumps(line)) < 700 for line in lines)

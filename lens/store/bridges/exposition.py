@@ -12,6 +12,7 @@ from typing import Any
 from lens import catalogue
 from lens.store.folder import DataFolder
 from lens.store.live import LiveFeed
+from lens.store.projects import run_of, those_of
 from lens.store.query import Query
 from lens.store.rows import Series
 from lens.store.runs import Run
@@ -23,9 +24,12 @@ _TYPES = {"counter": "counter"}
 _Sample = tuple[dict[str, Any], float]
 
 
-def exposition(folder: DataFolder, query: Query, live: LiveFeed, run: str | None = None) -> str:
-    """The text. Of `run`, or of every run that is live."""
-    runs = [folder.registry.run(run)] if run else [r for r in folder.registry.runs() if _is_live(folder, r)]
+def exposition(
+    folder: DataFolder, query: Query, live: LiveFeed, run: str | None = None, project: str | None = None
+) -> str:
+    """The text. Of `run`, or of every run that is live; of one project's runs alone if that is named."""
+    known = those_of(folder.registry.runs(), project)
+    runs = [run_of(folder.registry, run, project)] if run else [each for each in known if _is_live(folder, each)]
     parts = [*_progress(folder, live, runs), *_latest(folder, query, runs), *_health(folder, len(runs))]
     return "\n".join(parts) + "\n"
 

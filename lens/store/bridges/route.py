@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Annotated
@@ -19,6 +20,7 @@ from lens.store.bridges.samples import Gathered
 from lens.store.decode import NDJSON, decode
 from lens.store.encodings import unpack
 from lens.store.ingest import Batch, Ingest
+from lens.store.projects import OtherProjectError, claimed, project_of
 from lens.store.replies import HttpError
 
 router = APIRouter(tags=["bridges"])
@@ -61,7 +63,7 @@ async def take_otlp(request: Request, run: Run = None) -> Response:
     def read(body: bytes, ingest: Ingest) -> Gathered:
         return otlp.gather(unpack(body, encoding, ingest.folder.limits.unpacked), content_type, run)
 
-    gathered = await _take(request, read)
+    gathered = await _take(request, read, run)
     return Response(otlp.reply(gathered, content_type), media_type=content_type)
 
 
@@ -80,7 +82,7 @@ async def take_remote_write(request: Request, run: Run = None) -> Response:
     def read(body: bytes, ingest: Ingest) -> Gathered:
         return remote_write.gather(body, run, ingest.folder.limits.unpacked)
 
-    gathered = await _take(request, read)
+    gathered = await _take(request, read, run)
     if gathered.refused and not gathered.lines:
         raise HttpError(400, gathered.reason, "docs/bridges.md says what is taken")
     return Response(status_code=204)
@@ -90,35 +92,52 @@ async def take_remote_write(request: Request, run: Run = None) -> Response:
 def scrape(request: Request, run: Run = None) -> Response:
     """Text; of one run with ?run=."""
     state = request.app.state
-    text = exposition(state.folder, state.query, state.live, run)
+    text = exposition(state.folder, state.query, state.live, run, project_of(request.scope))
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type=CONTENT_TYPE)
 
 
-async def _take(request: Request, read: Callable[[bytes, Ingest], Gathered]) -> Gathered:
+async def _take(request: Request, read: Callable[[bytes, Ingest], Gathered], run: str | None) -> Gathered:
     ingest: Ingest = request.app.state.ingest
     recent: Recent = request.app.state.recent
     with ingest.place():
         parts = await read_body(request, ingest.folder.limits.body)
+        project = project_of(request.scope)
         return await anyio.to_thread.run_sync(
-            lambda: store_body(ingest, recent, b"".join(parts), read), limiter=ingest.workers
+            lambda: store_body(ingest, recent, b"".join(parts), read, project, run), limiter=ingest.workers
         )
 
 
-def store_body(ingest: Ingest, recent: Recent, body: bytes, read: Callable[[bytes, Ingest], Gathered]) -> Gathered:
+def store_body(
+    ingest: Ingest,
+    recent: Recent,
+    body: bytes,
+    read: Callable[[bytes, Ingest], Gathered],
+    project: str | None = None,
+    asked: str | None = None,
+) -> Gathered:
     """Keep what a reader finds in a body, unless the same bytes were taken lately. On disk when this returns.
+
+    With a project, runs that are not of it are refused, and new ones are of it; `asked` is the run that the request names.
 
     Raises:
         StoreError: it cannot be read or kept.
     """
-    if recent.has(body):
+    # The same bytes for another run, or from another project, are something else.
+    known = json.dumps([project, asked]).encode() + body
+    if recent.has(known):
         return Gathered()
     gathered = read(body, ingest)
     for run, lines in gathered.lines.items():
+        try:
+            described = claimed(ingest.folder.registry, {"run": run}, project)
+        except OtherProjectError as error:
+            gathered.refuse(str(error), len(lines))
+            continue
         if ingest.folder.registry.find(run) is None:
-            ingest.folder.describe_run({"run": run})
+            ingest.folder.describe_run(described)
         records = b"\n".join(lines)
         receipt = ingest.keep(run, Batch(records, NDJSON, "", decode(records, NDJSON)))
         if receipt.rejected_count:
             gathered.refuse(receipt.rejected[0]["reason"], receipt.rejected_count)
-    recent.add(body)
+    recent.add(known)
     return gathered

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError, StoreError, StoreFullError
+from lens.store.projects import run_of, those_of
 from lens.store.registry import Registry
 from lens.store.sql.check import Select, checked, resolved
 from lens.store.sql.functions import forbidden_names
@@ -55,8 +56,8 @@ class Guest:
             self._places.put(None)
         self._names: frozenset[str] | None = None
 
-    def ask(self, sql: str, run: str | None = None, limit: int = 10_000) -> SqlAnswer:
-        """The first `limit` rows of a SELECT over views of all runs, or of one.
+    def ask(self, sql: str, run: str | None = None, limit: int = 10_000, project: str | None = None) -> SqlAnswer:
+        """The first `limit` rows of a SELECT over views of all runs, of one, or of those of a project.
 
         Raises:
             BadQueryError: no SELECT, not allowed, refused by the engine, or over a limit.
@@ -74,7 +75,7 @@ class Guest:
             began = time.monotonic()
             select = checked(self._store, sql, self._forbidden())
             # INTO, FORMAT and SETTINGS have no place inside parentheses; an ORDER BY in them is kept.
-            full = f"{self._views(select, run)}SELECT * FROM (\n{select.text}\n) LIMIT {limit + 1}"
+            full = f"{self._views(select, run, project)}SELECT * FROM (\n{select.text}\n) LIMIT {limit + 1}"
             try:
                 plan = self._store.query(f"EXPLAIN QUERY TREE passes = 1 {full}", session).column(0).to_pylist()
                 resolved("\n".join(plan), OWN_FUNCTIONS, OWN_TABLES)
@@ -95,9 +96,12 @@ class Guest:
             self._names = forbidden_names(functions, COLUMNS)
         return self._names
 
-    def _views(self, select: Select, run: str | None) -> str:
+    def _views(self, select: Select, run: str | None, project: str | None) -> str:
         names = select.tables()
-        runs = [self._registry.run(run)] if run is not None else self._registry.runs()
+        if run is not None:
+            runs = [run_of(self._registry, run, project)]
+        else:
+            runs = those_of(self._registry.runs(), project)
         pins = [select.pinned(name, "run") for name in names & set(VIEWS)]
         if pins and None not in pins:
             wanted = set().union(*(pin for pin in pins if pin is not None))

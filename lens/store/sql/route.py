@@ -11,6 +11,7 @@ from starlette.responses import Response
 from lens.store.bodies import content_type_of, json_schema, read_body
 from lens.store.decode import ARROW
 from lens.store.errors import BadQueryError
+from lens.store.projects import project_of
 from lens.store.replies import json_reply
 from lens.store.sql.answer import arrow_of, reply_of
 from lens.store.sql.guest import MOST_ROWS, SqlAnswer
@@ -56,7 +57,8 @@ async def query(request: Request) -> Response:
     as_arrow = ARROW in request.headers.get("accept", "")
 
     def answer() -> Response:
-        found = request.app.state.query.sql(question.sql, question.run, question.limit)
+        project = project_of(request.scope)
+        found = request.app.state.query.sql(question.sql, question.run, question.limit, project)
         return _arrow_reply(found) if as_arrow else json_reply(reply_of(found))
 
     return await anyio.to_thread.run_sync(answer)
