@@ -12,6 +12,8 @@
     lens store token NAME --scope ingest,read  # make one (ingest, read, admin); it is shown once
     lens store token NAME --scope read --project moe  # for the runs of this project alone
     lens store token NAME --off                # take it back
+    lens store init --cluster NAME             # print the tables for a ClickHouse cluster (docs/cluster.md)
+    lens store init --cluster NAME --apply http://host:8123   # make them there
 
 A server deletes what is past its time every hour. While one runs, this verb asks it; else it opens the folder.
 Tokens are made where the folder is, and hold at once.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +60,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--project", metavar="PROJECT", help="token: for the runs of this project alone")
     parser.add_argument("--yes", action="store_true", help="delete: do not ask")
+    parser.add_argument("--cluster", metavar="NAME", help="init: the cluster's name in its servers' configuration")
+    parser.add_argument(
+        "--apply", metavar="URL", help="init: run the statements there, as CLICKHOUSE_USER with CLICKHOUSE_PASSWORD"
+    )
     add_data(parser)
     add_server(parser)
 
@@ -64,6 +71,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the action says."""
     _check(arguments)
+    if arguments.action == "init":
+        return _init(arguments)
     if arguments.action == "token":
         return _token(settings_of(arguments).data, arguments)
     store = _open(settings_of(arguments))
@@ -166,12 +175,14 @@ def _check(arguments: argparse.Namespace) -> None:
     problem = None
     if action == "delete" and word is None:
         problem = "lens store delete takes the id of a run"
-    elif action in ("info", "compact") and word is not None:
+    elif action in ("info", "compact", "init") and word is not None:
         problem = f"lens store {action} takes no {word!r}"
     elif action != "retention" and (arguments.run or arguments.follow):
         problem = "--run and --follow belong to lens store retention"
     elif action not in ("retention", "token") and arguments.off:
         problem = "--off belongs to lens store retention and lens store token"
+    elif (action == "init") != bool(arguments.cluster) or (arguments.apply and action != "init"):
+        problem = "lens store init takes --cluster NAME, and --apply URL; no other action does"
     elif arguments.project and (action != "token" or not arguments.scope):
         problem = "--project belongs to lens store token NAME --scope"
     elif arguments.scope and (action != "token" or word is None):
@@ -258,7 +269,30 @@ _ACTIONS: dict[str, Callable[[StoreDoor, argparse.Namespace], int]] = {
 }
 
 
-_NAMES = (*_ACTIONS, "token")
+_NAMES = (*_ACTIONS, "token", "init")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    """Tables for a cluster: printed, or made there."""
+    from lens.store.cluster import apply, cluster_ddl
+    from lens.store.errors import StoreError
+
+    try:
+        statements = cluster_ddl(arguments.cluster)
+        if arguments.apply:
+            user = os.environ.get("CLICKHOUSE_USER", "default")
+            apply(statements, arguments.apply, user, os.environ.get("CLICKHOUSE_PASSWORD", ""))
+    except StoreError as error:
+        raise CommandError(str(error), error.hint, FAILED if arguments.apply else UNUSABLE) from error
+    if arguments.json:
+        print(
+            json.dumps({"cluster": arguments.cluster, "applied": bool(arguments.apply), "statements": statements})
+        )
+    elif arguments.apply:
+        print(f"{len(statements)} statements run at {arguments.apply}")
+    else:
+        print(";\n\n".join(statements) + ";")
+    return DONE
 
 
 def _token(data: Path, arguments: argparse.Namespace) -> int:
