@@ -7,8 +7,9 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
+SAMPLES ?= 20000000
 
-.PHONY: demo test check format chromium clean help prove-run prove-coverage prove-verdicts prove-delivery prove-api prove-selftest prove-attach
+.PHONY: demo test check format chromium clean help prove-run prove-coverage prove-verdicts prove-delivery prove-store prove-api prove-selftest prove-attach
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,11 @@ prove-verdicts: $(DEV) ## 71 real runs with real faults: is the right cause name
 
 prove-delivery: $(DEV) ## 16 faults (kill -9 of one or two, full disks, damage, clock, network), 20 times each: is anything lost or doubled? (30 minutes)
 	@$(BIN)/python benchmarks/crash_delivery.py --out docs/proofs/delivery.md $(ARGS)
+
+prove-store: $(DEV) ## the store, duckdb, sqlite, trackio, TensorBoard and wandb beside it (SAMPLES=20000000)
+	@$(PYTHON) -m venv build/peers
+	@build/peers/bin/python -m pip install --disable-pip-version-check -q duckdb trackio tensorboard wandb numpy "setuptools<81"
+	@$(BIN)/python benchmarks/store.py --samples $(SAMPLES) --peers build/peers/bin/python --out docs/proofs/store.md $(ARGS)
 
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)

@@ -12,12 +12,10 @@ real server over HTTP. Trackers are compared at 100 scalars a step. Peers that a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import queue
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,20 +24,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.store_peers import BATCH, DATABASES, METRICS, TRACKERS, WIDTH, columns, measure, scalars
-from lens.reading.connection import Connection
+from benchmarks.store_peers import BATCH, DATABASES, METRICS, TRACKERS, columns, measure
+from benchmarks.store_server import RUN, Server, as_tracker, body, slots
 from lens.store.decode import ARROW
 from lens.store.engine import Store
 
-RUN, START = "benchmark", 1_700_000_000_000_000_000
-SLOTS = "application/vnd.lens.slots"
 SPARE_STEPS = 10_000
 """Steps set aside for what is sent while a question is asked."""
 
@@ -49,70 +43,6 @@ def engine_rows(start: int, rows: int, ranks: int) -> pa.Table:
     found = columns(start, rows, ranks)
     mid = found.pop("metric").astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
     return pa.table({"run": np.full(rows, 1, "<u4"), "mid": mid, **found})
-
-
-def body(start: int, rows: int, ranks: int) -> bytes:
-    """As a request body: an Arrow IPC stream, zstd."""
-    found = columns(start, rows, ranks)
-    names = pa.array([f"metric.{index:02d}" for index in range(METRICS)])
-    found["metric"] = pa.DictionaryArray.from_arrays(pa.array(found["metric"]), names)
-    table = pa.table(found)
-    return _stream(table)
-
-
-def _stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-class Server:
-    """``lens serve`` over a folder."""
-
-    def __init__(self, data: Path) -> None:
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "lens", "serve", "--json", "--port", "0", "--data", str(data)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.url = json.loads(self.process.stdout.readline())["url"].partition("/?")[0]
-        self.started_s = time.perf_counter() - began
-        self.token = (data / "token").read_text().strip()
-
-    def ask(
-        self, path: str, content: bytes | None = None, content_type: str = "application/json", **headers: Any
-    ) -> Any:
-        """The reply to a request, asked again as long as the server says not now."""
-        given = {"Authorization": f"Bearer {self.token}", "Content-Type": content_type, **headers}
-        while True:
-            try:
-                with urlopen(Request(self.url + path, content, given), timeout=600) as reply:
-                    is_json = reply.headers.get_content_type() == "application/json"
-                    return json.load(reply) if is_json else reply.read()
-            except HTTPError as error:
-                if error.code not in (429, 503):
-                    raise RuntimeError(error.read()) from error
-                time.sleep(0.05)
-
-    def sql(self, sql: str) -> list[list[Any]]:
-        """Rows of a SELECT."""
-        rows: list[list[Any]] = self.ask("/api/v1/query", json.dumps({"sql": sql, "run": RUN}).encode())["rows"]
-        return rows
-
-    def median_ms(self, path: str, content: bytes | None = None, times: int = 5) -> float:
-        """How long an answer takes."""
-        took = []
-        for _ in range(times):
-            began = time.perf_counter()
-            self.ask(path, content)
-            took.append(time.perf_counter() - began)
-        return statistics.median(took) * 1000
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.terminate()
-        self.process.wait(60)
 
 
 def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
@@ -268,78 +198,6 @@ def _kill_while_sending(server: Server, rows: int, ranks: int) -> set[int]:
         acknowledged.add(step)
     server.process.wait(60)
     return acknowledged
-
-
-def slots(folder: Path, rows: int, found: dict[str, Any]) -> None:
-    """Samples a second as an agent sends them: slots of a ring, 20 values a row, acknowledged."""
-    from lens.collectors.own_ring import OwnRing
-    from lens.collectors.protocol import Reading
-    from lens.collectors.shipper import compress
-    from lens.collectors.spool import take_anchor
-    from lens.ring_reader import RingReader
-    from lens.settings import Settings
-    from lens.slots import encode_batch
-
-    settings = Settings.load({}, rings=folder / "rings", data=folder / "ring-data", host="host0")
-    ring, bodies, anchor = OwnRing(dataclasses.replace(settings, ring_mib=2), RUN), [], take_anchor()
-    reader = RingReader(ring.directory / "main.ring")
-    for row in range(rows // METRICS):
-        t_ns = time.monotonic_ns()
-        ring.write([Reading(f"metric.{index:02d}", row * 0.5 + index, t_ns) for index in range(METRICS)], {})
-        if row % 1500 == 1499:
-            bodies.append(_slot_body(reader, anchor, compress, encode_batch))
-    bodies.append(_slot_body(reader, anchor, compress, encode_batch))
-    ring.close()
-    server = Server(folder / "slots")
-    server.ask("/api/v1/runs", json.dumps({"run": RUN}).encode())
-    began, taken = time.perf_counter(), 0
-    for number, (content, encoding) in enumerate(bodies):
-        headers = {"Lens-Source": "slots", "Lens-Sequence": str(number), "Content-Encoding": encoding}
-        taken += server.ask(f"/api/v1/runs/{RUN}/records", content, SLOTS, **headers)["accepted"]
-    found["ingest_slots_rows_s"] = server.sql("SELECT count() FROM samples")[0][0] / (time.perf_counter() - began)
-    server.stop()
-
-
-def _slot_body(reader: Any, anchor: Any, compress: Any, encode: Any) -> tuple[bytes, str]:
-    parts = []
-    while (part := reader.poll()) is not None:
-        parts.append(part)
-    packed: tuple[bytes, str] = compress(encode("host0", anchor, parts))
-    return packed
-
-
-def as_tracker(folder: Path, points: int) -> dict[str, Any]:
-    """The same as the trackers do: 100 scalars a step, on disk; then one series and all of them, every point."""
-    from lens.reading import StoredRun, _Server
-
-    server, names = Server(folder / "tracker"), list(scalars(0))
-    server.ask("/api/v1/runs", json.dumps({"run": RUN, "world_size": 1}).encode())
-    steps, began = points // WIDTH, time.perf_counter()
-    for first in range(0, steps, 1000):
-        some = range(first, min(first + 1000, steps))
-        table = pa.table({
-            "metric": pa.array(names * len(some)).dictionary_encode(),
-            "rank": np.zeros(len(some) * WIDTH, "<i4"),
-            "step": np.repeat(np.array(some, "<i8"), WIDTH),
-            "t_ns": np.repeat(START + np.array(some, "<i8") * 10**9, WIDTH),
-            "value": [value for step in some for value in scalars(step).values()],
-        })  # fmt: skip
-        server.ask(f"/api/v1/runs/{RUN}/records", _stream(table), ARROW)
-    took = time.perf_counter() - began
-    stored = StoredRun(_Server(Connection(server.url, server.token)), RUN)
-
-    def read(ask: Callable[[], Any], wanted: int) -> float:
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            assert ask().num_rows == wanted
-            times.append((time.perf_counter() - began) * 1000)
-        return statistics.median(times)
-
-    one = read(lambda: stored.series(names[0]).arrow(), steps)
-    every = read(lambda: stored.table("samples").arrow(), steps * WIDTH)
-    server.stop()
-    return {"points": steps * WIDTH, "rows_s": steps * WIDTH / took, "one_ms": one, "all_ms": every}
 
 
 REOPEN = """

@@ -258,6 +258,8 @@ def _synced_bytes(folder: Path) -> int:
 def measure(python: str, names: Iterable[str], folder: Path, points: int, ranks: int) -> dict[str, dict[str, Any]]:
     """What each peer does with so many points: {points, rows_s, bytes_per_point, …} or {absent: why}."""
     found = {}
+    # Not resolved: an environment's python is a link, and is known by where the link lies.
+    python = str(Path(python).absolute())
     for name in names:
         count, place = min(points, PEERS[name].most), folder / name
         place.mkdir()
