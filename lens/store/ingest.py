@@ -21,7 +21,7 @@ from lens.store.folder import DataFolder, Receipt
 from lens.store.live import LiveFeed
 from lens.store.projects import OtherProjectError, belongs, claimed, project_of
 from lens.store.replies import HttpError, json_reply
-from lens.store.runs import Run
+from lens.store.runs import PROJECT_NAME, Run
 from lens.store.verdicts import Verdicts
 from lens.tables import Tables
 
@@ -95,7 +95,11 @@ _RUN_SCHEMA = json_schema(
         "properties": {
             "run": {"type": "string", "minLength": 1, "maxLength": 128},
             "name": {"type": "string"},
-            "project": {"type": "string", "description": "Whose run it is, for tokens of one project; said once"},
+            "project": {
+                "type": "string",
+                "pattern": f"^{PROJECT_NAME.pattern}$",
+                "description": "Whose run it is, for tokens of one project; said once",
+            },
             "world_size": {"type": "integer", "minimum": 1},
             "ranks": {"type": "array", "items": {"type": "object", "required": ["rank"]}},
             "groups": {"type": "object"},

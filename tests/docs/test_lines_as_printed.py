@@ -24,6 +24,8 @@ from tests.store.conftest import TOKEN
 from tests.store.processes import Server
 from tests.store.test_bridges import write_request
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = shutil.which("prometheus")
 
