@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from sample_runs.moe.card import Card
-from sample_runs.moe.process_faults import ProcessFaults, own_core, stand_still
+from sample_runs.moe.process_faults import ProcessFaults, crowded, stand_still
 
 DEFAULT_FACTORS = {
     "slow_compute": 2.0,
@@ -108,7 +108,7 @@ class Fault:
         if self.rank is None:
             return list(range(world))
         if self.name == "hog":
-            return [rank for rank in range(world) if own_core(rank, world) == own_core(self.rank, world)]
+            return crowded(self.rank, world)
         if self.name == "hot_expert":
             return list(range(self.rank % expert_parallel, world, expert_parallel))
         return [self.rank]

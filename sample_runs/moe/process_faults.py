@@ -116,6 +116,15 @@ def own_core(rank: int, world: int) -> int:
     return cores[rank * len(cores) // world]
 
 
+def crowded(rank: int, world: int) -> list[int]:
+    """Ranks that suffer when others crowd a rank's core: itself where the kernel shares a core out by sessions, of which
+    each rank has its own and those others are in this rank's; else all ranks on that core."""
+    with contextlib.suppress(OSError):
+        if Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1":
+            return [rank]
+    return [other for other in range(world) if own_core(other, world) == own_core(rank, world)]
+
+
 def pin(core: int) -> int:
     """Keep all threads of this process, and what it starts later, on a core; the core."""
     for thread in Path("/proc/self/task").iterdir():
@@ -126,8 +135,7 @@ def pin(core: int) -> int:
 def crowd(core: int, count: int) -> list[subprocess.Popen[bytes]]:
     """So many other busy processes on a core; they end with this one."""
     command = [sys.executable, "-S", "-c", BUSY, str(os.getpid())]
-    # In sessions of their own: the kernel may share a core out by sessions, and they are not this rank's.
-    found = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    found = [subprocess.Popen(command) for _ in range(count)]
     for one in found:
         os.sched_setaffinity(one.pid, {core})
     return found

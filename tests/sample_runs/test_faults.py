@@ -273,7 +273,11 @@ def test_collapsed_routers_send_every_token_to_one_expert_of_each_owner() -> Non
     assert experts.routing.counts == [size.tokens, 0, 0, 0, size.tokens, 0, 0, 0]
 
 
-def test_other_processes_on_a_core_crowd_out_all_ranks_of_that_core(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("autogroup", "ranks"), [("1\n", [3]), ("0\n", [2, 3])])
+def test_who_is_crowded_out_hangs_on_how_the_kernel_shares_a_core_out(
+    autogroup: str, ranks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert Fault.parse("hog@9:3").ranks(4, 2) == [2, 3]
+    monkeypatch.setattr(Path, "read_text", lambda path: autogroup)
+    assert Fault.parse("hog@9:3").ranks(4, 2) == ranks
     assert Fault.parse("collapse@9").ranks(4, 2) == []
