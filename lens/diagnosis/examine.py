@@ -164,7 +164,7 @@ class Examiner:
                 continue
             noise = change.noise_by(index)
             found = self._judge(Finding("compute", rows, change.onset, change.last, index, noise, whole=True))
-            if found is not None and found.explained[0].cause in wholes.CAUSES:
+            if found is not None:
                 judged = [v for v in judged if v not in within or not set(v.finding.rows) <= set(rows)] + [found]
         return judged
 
@@ -310,6 +310,8 @@ class Examiner:
         )  # fmt: skip
         taken = measures.take(scene)
         explained = signatures.weigh(finding.feature, taken)
+        if finding.whole and not wholes.told_by_all(scene, explained[0].cause):
+            return None
         if share < self._bar(explained[0], taken) * finding.noise:
             return None
         if not self._worth_naming(finding, explained[0], share, len(after)):

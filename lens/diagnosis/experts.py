@@ -30,6 +30,8 @@ HOT = 1.1
 HOT_STANDING = 1.25
 SLOWER = 1.04
 """Its own time must have grown by this factor against what the others' did."""
+MORE_THAN_TOKENS = 1.5
+"""By this factor of what its tokens grew the time of an owner may have grown, and by SLOWER more: noise adds to it."""
 STRAY_ERRORS = 3.0
 """Standard errors that the growth must exceed: noise of a shared machine is correlated, so two are not enough."""
 WINDOW_STEPS = 10
@@ -152,11 +154,27 @@ class Experts:
         if standing:
             kind = self.run.topology.kind
             base = np.array([_level(compute, after, others[kind[others] == kind[row]]) for row in rows])
-            slower = float(np.nanmean(mean(mine) / base)) if np.isfinite(base).any() else 0.0
+            shared = 1.0
         else:
             base = mean(cells(compute, past, rows))
             rest = mean(cells(compute, after, others)) / mean(cells(compute, past, others))
-            slower = float(np.nanmean(mean(mine) / base)) / max(1.0, float(np.nanmedian(rest)))
+            shared = max(1.0, float(np.nanmedian(rest)))
+        own = mean(mine) / base / shared
+        tokens = float(np.nanmean(cells(load.tokens, after, rows)))
+        earlier = float(np.nanmean(cells(load.tokens, past, rows))) if len(past) else tokens / now
+        usual = mean(cells(load.tokens, past, rows)) if len(past) else np.full(len(rows), earlier)
+        grown = mean(cells(load.tokens, after, rows)) / usual
+        fits = ~(own - 1 > MORE_THAN_TOKENS * (grown - 1) + SLOWER - 1)
+        if not fits.all():
+            # Computing grows at most with the tokens: a rank that is slower than that has another reason.
+            left = tuple(row for row, fit in zip(rows, fits, strict=True) if fit)
+            rest_of_all = np.setdiff1d(np.arange(len(load.place)), left)
+            return (
+                self._priced_hot(load, compute, left, rest_of_all, steps, onset, standing, before, now)
+                if left
+                else None
+            )
+        slower = float(np.nanmean(own)) if np.isfinite(own).any() else 0.0
         needed = SLOWER if not standing else 1 + 2 * (SLOWER - 1)
         if not slower >= needed or not (standing or _no_chance(compute, rows, others, past, after)):
             return None
@@ -172,8 +190,6 @@ class Experts:
             f"{'' if standing else f' ({before:.2f} before)'}, most so expert {expert} of layer {load.layers[layer]}, "
             f"and {{ranks}} compute{{s}} {100 * (slower - 1):.0f} % longer for it"
         )
-        tokens = float(np.nanmean(cells(load.tokens, after, rows)))
-        earlier = float(np.nanmean(cells(load.tokens, past, rows))) if len(past) else tokens / now
         per_token = "milliseconds per token stayed the same while the tokens of its experts rose"
         return Notice(
             "hot_expert", rows, 0 if standing else int(after[0]), None,

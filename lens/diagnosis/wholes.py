@@ -6,17 +6,21 @@ its past alone. So much is common to all ranks of a run anyway that only what th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lens.diagnosis import changes, peers
+from lens.diagnosis import changes, measures, peers
 from lens.diagnosis.arrays import Array, Floats, Ints, median
 from lens.diagnosis.changes import Change
+from lens.diagnosis.scenes import MOST_PEERS, Scene
+from lens.diagnosis.signatures import UNMOVED
 from lens.diagnosis.topology import Topology
 
-CAUSES = frozenset(("power_cap", "thermal_throttle", "power_brake"))
-"""What a card says of itself, whatever its peers do."""
+SAYS = {"power_cap": "power_cap_bit", "thermal_throttle": "thermal_bit", "power_brake": "power_brake_bit"}
+"""Causes that a card tells of itself, whatever its peers do, and the measure by which it does."""
+TOLD_BY = 0.9
+"""Share of a set's cards that must tell it: one hot card among ranks that wait for it is no hot host."""
 LARGE = 0.25
 """Share of its like from which a set moves their median."""
 EACH = 0.5
@@ -59,6 +63,16 @@ def alike(extra: Floats, base: Floats) -> bool:
     """Whether all ranks of a set gained: extra [after, rows] over their past [rows]."""
     gained = median(extra) / base
     return bool(np.min(gained) >= EACH * np.median(gained))
+
+
+def told_by_all(scene: Scene, cause: str) -> bool:
+    """Whether the cards of a set say so, each of itself; of a large set, some of them are asked."""
+    if cause not in SAYS:
+        return False
+    asked = scene.rows[:: max(1, len(scene.rows) // MOST_PEERS)]
+    tell = measures.MEASURES[SAYS[cause]]
+    levels = [tell(replace(scene, rows=(row,))).level for row in asked]
+    return sum(level is not None and level > UNMOVED for level in levels) >= TOLD_BY * len(levels)
 
 
 def _partitions(topology: Topology) -> list[list[Array]]:

@@ -40,3 +40,19 @@ def test_a_cause_behind_another_says_what_it_costs_once_that_is_repaired() -> No
     said = last["recommendation"].split("once that is repaired, this costs ")[1]
     assert "rank 6" in last["recommendation"]
     assert float(said.split(" %")[0]) == pytest.approx(costs, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_hot_cards_among_ranks_that_all_got_slower_are_no_hot_run(seed: int) -> None:
+    faults = (Fault("unknown", (0, 3), 45, 1.3), Fault("thermal", (1, 2), 45, 1.3))
+    reply = verdict(Cluster(ranks=4, hosts=2, steps=100, seed=seed, noise="shared", faults=faults))
+    hot = {rank for item in reply["hypotheses"] if item["cause"] == "thermal_throttle" for rank in item["ranks"]}
+    assert hot <= {1, 2}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_an_owner_that_is_slower_than_its_few_more_tokens_explain_is_a_slow_card(seed: int) -> None:
+    faults = (Fault("hot_expert", (0, 2), 26, 1.3), Fault("compute", (0,), 40, 1.6))
+    reply = verdict(Cluster(ranks=4, hosts=2, steps=100, seed=seed, noise="shared", faults=faults))
+    first = reply["hypotheses"][0]
+    assert (first["cause"], first["ranks"]) == ("slow_device", [0])
