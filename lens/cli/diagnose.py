@@ -105,9 +105,11 @@ def headline(hypothesis: dict[str, Any]) -> str:
 
 def _lost(device_hours: float, price: Price) -> str:
     amount, unit = (device_hours, "hours") if device_hours >= 0.1 else (device_hours * 3600, "seconds")
-    return f"{amount:.3g} device {unit}" + (
-        "" if price is None else f", {device_hours * price['amount']:.2f} {price['currency']}"
-    )
+    spent = f"{amount:.3g} device {unit}"
+    if price is None:
+        return spent
+    cost = device_hours * price["amount"]
+    return f"{spent}, {f'{cost:.2f}' if cost >= 0.01 else 'less than 0.01'} {price['currency']}"
 
 
 def _shown(value: Any) -> str:
