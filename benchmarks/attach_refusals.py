@@ -25,16 +25,16 @@ from pathlib import Path
 from statistics import median
 
 import lens
-from lens.attach.preflight import look
+from lens.attach.facts import look
 from lens.attach.ptrace import StoppedThread
 
 LOOP = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
 REPLACED = """
 import sys
 from dataclasses import replace
-from lens.attach import preflight
-real = preflight.look
-preflight.look = lambda pid: replace(real(pid), **{facts!r})
+from lens.cli import attach
+real = attach.look
+attach.look = lambda pid: replace(real(pid), **{facts!r})
 from lens.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

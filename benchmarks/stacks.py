@@ -28,7 +28,7 @@ from attach import Beat, folder, interpreters, program, table, until
 from attach_programs import ALLOCATING, JOINING, TRAINING
 
 from lens.attach import frames
-from lens.attach.preflight import look
+from lens.attach.facts import look
 
 _START_S = 90
 

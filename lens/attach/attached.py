@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens.attach import inject, payload, preflight, ways
+from lens.attach import inject, payload, ways
+from lens.attach.facts import look, sees
 from lens.attach.ptrace import TraceError
 from lens.attach.ways import Way
 from lens.ring_files import host_directory, private_directory
@@ -53,7 +54,7 @@ def attach(pid: int, settings: Settings, patience_s: float, way: Way | None = No
         RecorderError: the place of the rings cannot be used.
     """
     began = time.monotonic()
-    way = way or ways.choose(preflight.look(pid), settings)
+    way = way or ways.choose(look(pid), settings)
     wanted = {
         "run": settings.run, "name": settings.name, "rings": str(settings.rings.absolute()),
         "data": str(settings.data.absolute()), "server": settings.server, "agent": False,
@@ -78,7 +79,7 @@ def _by_line(
     folder = Path(tempfile.mkdtemp(prefix="attach-", dir=private_directory(settings.rings)))
     report = folder / "report.json"
     try:
-        if not preflight.sees(pid, folder):
+        if not sees(pid, folder):
             raise LookupError(f"it sees another {settings.rings} than we do: attach inside its container")
         stopped = way.run_line(pid, payload.line(report, wanted, _attacher()), settings)
         return stopped, _answer(pid, report, deadline)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lens.attach.preflight import Facts
+from lens.attach.facts import Facts
 from lens.recorder import Recorder
 from lens.ring_files import free_name, host_directory, private_directory, start_ticks
 from lens.settings import Settings

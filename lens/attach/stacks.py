@@ -13,8 +13,9 @@ from typing import Any
 
 from lens.attach import frames, inject, preflight, ways
 from lens.attach.attached import WAKE_AFTER_S
+from lens.attach.facts import Facts
 from lens.attach.frames import Frame, ThreadStack, UnreadableError
-from lens.attach.preflight import READING_RULES, Facts
+from lens.attach.preflight import READING_RULES
 from lens.attach.ptrace import TraceError
 from lens.attach.ways import Way
 from lens.ring_files import private_directory

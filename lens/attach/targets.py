@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lens.attach.preflight import Facts, look
+from lens.attach.facts import Facts, look
 
 
 def below(pid: int, proc: Path = Path("/proc")) -> list[Facts]:

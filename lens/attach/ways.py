@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lens.attach import inject, preflight
-from lens.attach.preflight import DOOR_RULES, GDB_RULES, REMOTE, RULES, Facts, Refusal, Rule
+from lens.attach.facts import Facts
+from lens.attach.preflight import DOOR_RULES, GDB_RULES, REMOTE, RULES, Refusal, Rule
 from lens.attach.ptrace import TraceError
 from lens.ring_files import door_place, private_directory
 from lens.settings import Settings

@@ -22,7 +22,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lens.attach import preflight, privilege, targets, ways
-from lens.attach.preflight import OBSERVING_RULES, Facts, Refusal
+from lens.attach.facts import Facts, look
+from lens.attach.preflight import OBSERVING_RULES, Refusal
 from lens.attach.ways import Way
 from lens.cli.errors import DONE, FAILED, UNREACHABLE, UNUSABLE, CommandError, missing_extra
 from lens.cli.options import add_data, add_server, settings_of
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     entries = _ways(arguments, chosen)
     if act_for_owner(chosen[0].pid):
         # What root may read that user may not.
-        entries = _ways(arguments, [preflight.look(facts.pid) for facts in chosen])
+        entries = _ways(arguments, [look(facts.pid) for facts in chosen])
     # From here on the target is entered: what only that needs is loaded now, so that a refusal comes at once.
     import time
 
@@ -164,7 +165,7 @@ def _chosen(arguments: argparse.Namespace) -> list[Facts]:
     if arguments.pid is None and not arguments.all_ranks:
         raise CommandError("no process was named", "lens attach PID, or every rank of yours: --all-ranks", UNUSABLE)
     if not arguments.all_ranks:
-        facts = preflight.look(arguments.pid)
+        facts = look(arguments.pid)
         ranks = targets.below(arguments.pid) if facts.state else []
         if ranks and facts.pid not in [rank.pid for rank in ranks]:
             pids = ", ".join(str(rank.pid) for rank in ranks)

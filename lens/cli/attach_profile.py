@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lens.attach import attached, ways, windows
-from lens.attach.preflight import Facts
+from lens.attach.facts import Facts
 from lens.cli.errors import DONE, FAILED, CommandError
 from lens.settings import Settings
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lens.attach import stacks, standing
-from lens.attach.preflight import STATES, Facts
+from lens.attach.facts import Facts
+from lens.attach.preflight import STATES
 from lens.attach.stacks import ProcessStacks
 from lens.attach.standing import Group
 from lens.cli.errors import DONE, FAILED

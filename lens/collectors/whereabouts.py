@@ -49,8 +49,9 @@ def read_stack(pid: int) -> Sequence[dict[str, Any]] | None:
     """Frames of a process's main thread, innermost last; None where they cannot be read without touching it."""
     # Only here: an agent starts beside the training, and most never see a rank stand still.
     from lens.attach import frames, preflight
+    from lens.attach.facts import look
 
-    facts = preflight.look(pid)
+    facts = look(pid)
     if facts.version is None or facts.forbidden or preflight.judge(facts, preflight.READING_RULES) is not None:
         return None
     try:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lens.attach import inject
-from lens.attach.preflight import OLDEST, judge, look
+from lens.attach.facts import look
+from lens.attach.preflight import OLDEST, judge
 
 pytestmark = pytest.mark.processes
 TIMES = 20

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lens.attach.preflight import look
+from lens.attach.facts import look
 from lens.slots import COLLECTIVE, PHASE, STEP
 from tests.collectors.agent_harness import Host, StubServer, wait_for
 

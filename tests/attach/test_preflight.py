@@ -15,7 +15,8 @@ from dataclasses import replace
 import pytest
 
 from lens.attach import inject
-from lens.attach.preflight import Facts, judge, look
+from lens.attach.facts import Facts, look
+from lens.attach.preflight import judge
 from lens.attach.ptrace import StoppedThread, TraceError
 
 GOOD = Facts(

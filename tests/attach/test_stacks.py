@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from lens.attach import frames, line_tables, stacks, standing
+from lens.attach.facts import look
 from lens.attach.frames import Frame, ThreadStack
 from lens.attach.layouts import LAYOUTS
-from lens.attach.preflight import look
 from lens.attach.stacks import ProcessStacks
 from lens.settings import Settings
 from tests.attach.test_inject import interpreters

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lens.attach.preflight import NEWEST, OLDEST, judge, look
+from lens.attach.facts import look
+from lens.attach.preflight import NEWEST, OLDEST, judge
 from lens.collectors.launch import take_lock
 from lens.settings import Settings
 

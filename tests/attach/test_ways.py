@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from lens.attach import gdb, stacks, ways
-from lens.attach.preflight import judge, look
+from lens.attach.facts import look
+from lens.attach.preflight import judge
 from lens.attach.ptrace import TraceError
 from lens.hooks import door
 from lens.ring_files import start_ticks

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lens.attach.preflight import READING_RULES, judge, look
+from lens.attach.facts import look
+from lens.attach.preflight import READING_RULES, judge
 from lens.collectors.whereabouts import AGAIN_NS, STILL_NS, Whereabouts
 
 pytestmark = pytest.mark.processes

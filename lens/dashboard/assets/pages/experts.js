@@ -36,6 +36,7 @@ function silence(session) {
   if (load) return null;
   if (error) return `n/a: ${error.message}`;
   if (!asked) return "Loading…";
+  if (session.observed) return `n/a: ${session.noStep}.`;
   return session.range ? `n/a: no expert has tokens in steps ${session.range.join("–")}. Press 0 for all steps.` : NO_VECTOR;
 }
 
@@ -203,6 +204,7 @@ function dropsOf(session) {
   const get = (metric) => session.reply(metric, String(session.range), freshFor(session), () => getSeries(session.run, metric, null, session.range, POINTS));
   const [dropped, routed] = [get("moe.tokens.dropped"), get("moe.tokens.routed")];
   for (const { value, error } of [dropped, routed]) if (!value) return error ? `n/a: ${error.message}` : "Loading…";
+  if (session.observed) return `n/a: ${session.noStep}.`;
   if (!dropped.value.series.length || !routed.value.series.length) return "n/a: this run has not reported moe.tokens.dropped. A router without a capacity drops nothing and reports nothing.";
   const [lost, all] = [onGrid(dropped.value, "max"), onGrid(routed.value, "max")];
   if (lost.width !== all.width || lost.x.length !== all.x.length || lost.x[0] !== all.x[0] || lost.x.length < 2) return lost.x.length < 2 ? "n/a: a share needs two readings of the counters." : "Loading…";
