@@ -64,13 +64,14 @@ class StoredRun:
     def series(self, metric: str, *, first: int | None = None, last: int | None = None) -> Rows:
         """Every sample of a metric, not reduced: run, metric, rank, host, device, labels, step, t_ns, value.
 
+        Text comes as dictionaries (categories in pandas), sorted by host, device, labels, rank, step and time.
         `first` and `last` are steps; samples without a step count by their time.
         """
-        return Rows(self._source.exported(self.id, "arrow", "samples", first, last, metric))
+        return Rows(self._source.arrow(self.id, "samples", first, last, metric))
 
     def table(self, name: str, *, first: int | None = None, last: int | None = None) -> Rows:
         """A whole table: samples, steps, spans, collectives, vectors or events (columns as in docs/sql.md)."""
-        return Rows(self._source.exported(self.id, "arrow", name, first, last, None))
+        return Rows(self._source.arrow(self.id, name, first, last, None))
 
     def sql(self, sql: str, limit: int = 10_000) -> Rows:
         """The rows of a SELECT over the views of docs/sql.md, this run's alone."""
@@ -130,6 +131,12 @@ class _Server:
     ) -> Iterator[bytes]:
         return self._connection.stream("GET", export_path(run, format, table, first, last, metric))
 
+    def arrow(
+        self, run: str, table: str, first: int | None, last: int | None, metric: str | None
+    ) -> Iterator[bytes]:
+        path = export_path(run, "arrow", table, first, last, metric, compression="lz4")
+        return self._connection.stream("GET", path)
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -162,15 +169,27 @@ class _Folder:
 
         return self._query.export(run, Wanted(format, table, Steps(first, last), metric)).parts
 
+    def arrow(
+        self, run: str, table: str, first: int | None, last: int | None, metric: str | None
+    ) -> Iterator[bytes]:
+        return self.exported(run, "arrow", table, first, last, metric)
+
     def close(self) -> None:
         self._query.close()
 
 
 def export_path(
-    run: str, format: str, table: str, first: int | None = None, last: int | None = None, metric: str | None = None
+    run: str,
+    format: str,
+    table: str,
+    first: int | None = None,
+    last: int | None = None,
+    metric: str | None = None,
+    compression: str | None = None,
 ) -> str:
     """Path and query of an export."""
-    return _path(run, "/export", format=format, table=table, **{"from": first, "to": last}, metric=metric)
+    steps = {"from": first, "to": last}
+    return _path(run, "/export", format=format, table=table, **steps, metric=metric, compression=compression)
 
 
 def _path(run: str, rest: str = "", **words: Any) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from lens.records import word
 from lens.store.engine import Store
@@ -67,9 +68,9 @@ class Charts:
         Raises:
             BadQueryError: an answer too large.
         """
-        axis = axis or natural_axis(self._store, self._registry, run.number, selection.metric)
-        reply: dict[str, Any] = {"metric": selection.metric, "unit": unit_of(selection.metric), "axis": axis}
         relation = relation_of(self._store, self._registry, run.number, selection, axis)
+        axis = axis or self._axis(run, selection, relation)
+        reply: dict[str, Any] = {"metric": selection.metric, "unit": unit_of(selection.metric), "axis": axis}
         grid = None if relation is None else self._grid(relation, window, axis)
         if relation is None or grid is None:
             return {**reply, "from": window.start, "to": window.stop, "width": 1, "series": []}
@@ -77,6 +78,7 @@ class Charts:
         if table.num_rows > MOST_CELLS:
             raise _too_large(table.num_rows)
         columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "key"}
+        grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
         series = _split(table.column("key").to_pylist(), columns, grid, relation)
         return {**reply, "from": grid.low, "to": grid.high, "width": grid.width, "series": series}
 
@@ -92,8 +94,8 @@ class Charts:
         """
         if pool not in POOLS:
             raise BadQueryError(f"pool: {pool!r} is unknown", f"use one of {', '.join(POOLS)}")
-        axis = natural_axis(self._store, self._registry, run.number, selection.metric)
-        relation = self._rows_relation(run, selection, rows, axis)
+        relation = self._rows_relation(run, selection, rows)
+        axis = self._axis(run, selection, relation)
         grid = None if relation is None else self._grid(relation, window, axis)
         header: dict[str, Any] = {
             "metric": selection.metric, "unit": unit_of(selection.metric), "row_kind": rows, "axis": axis,
@@ -103,21 +105,27 @@ class Charts:
             return {**header, **empty}, np.empty((0, 0), "<f4")
         found = self._store.query(_heatmap_sql(relation, grid, axis, rows, POOLS[pool]))
         columns = {name: found.column(name).to_numpy() for name in ("bucket", "pooled", "finite")}
-        names, places = _row_names(rows, found.column("row").to_pylist(), relation, run, selection)
+        grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
+        names, places = _row_names(rows, found.column("row"), relation, run, selection)
         if len(names) * grid.count > MOST_CELLS:
             raise _too_large(len(names) * grid.count)
         values = np.full((len(names), grid.count), np.nan, "<f4")
         cells = np.where(columns["finite"] > 0, columns["pooled"], np.inf)
         pooled = np.fmin if pool == "min" else np.fmax
-        pooled.at(values, (places, columns["bucket"]), cells.astype("<f4"))
+        pooled.at(values.reshape(-1), places * grid.count + columns["bucket"], cells.astype("<f4"))
         bounds = {"from": grid.low, "to": grid.high, "width": grid.width, "columns": grid.count}
         return {**header, "rows": names, **bounds}, values
 
-    def _rows_relation(self, run: Run, selection: Selection, rows: str, axis: str) -> Relation | None:
+    def _axis(self, run: Run, selection: Selection, relation: Relation | None) -> str:
+        if relation is not None:
+            return relation.axis
+        return natural_axis(self._store, self._registry, run.number, selection.metric)
+
+    def _rows_relation(self, run: Run, selection: Selection, rows: str) -> Relation | None:
         if rows == "expert":
             return self._experts(run, selection)
         if rows in ("rank", "device"):
-            return relation_of(self._store, self._registry, run.number, selection, axis)
+            return relation_of(self._store, self._registry, run.number, selection)
         raise BadQueryError(f"rows: {rows!r} is unknown", "use rank, device or expert")
 
     def _experts(self, run: Run, selection: Selection) -> Relation | None:
@@ -152,6 +160,8 @@ class Charts:
         low, high = window.start, window.stop
         if low is None or high is None:
             coarse = relation.extent
+            if coarse is not None and _is_fine(coarse, window):
+                return Grid(coarse[0] if low is None else low, coarse[1] if high is None else high, 1)
             exact = coarse is None or (coarse[1] - coarse[0]) // window.pieces < 2 * _BUCKET[axis]
             if exact:
                 row = self._store.query(
@@ -172,6 +182,22 @@ class Charts:
             width, low = -(-width // bucket) * bucket, low // bucket * bucket
             high = (high // bucket + 1) * bucket - 1
         return Grid(low, high, width)
+
+
+def _is_fine(extent: tuple[int, int], window: Window) -> bool:
+    """Whether all there may be fits with a piece for each step: then the answer itself tells first and last."""
+    low = extent[0] if window.start is None else window.start
+    high = extent[1] if window.stop is None else window.stop
+    return low <= high and high - low < window.pieces
+
+
+def _tightened(grid: Grid, window: Window, buckets: Column) -> tuple[Grid, Column]:
+    """The grid from the first to the last bucket that was found, where nobody said from or to."""
+    if grid.width != 1 or not len(buckets):
+        return grid, buckets
+    low = grid.low + int(buckets.min()) if window.start is None else grid.low
+    high = grid.low + int(buckets.max()) if window.stop is None else grid.high
+    return Grid(low, high, 1), buckets - (low - grid.low)
 
 
 def unit_of(metric: str) -> str | None:
@@ -228,22 +254,24 @@ def _heatmap_sql(relation: Relation, grid: Grid, axis: str, rows: str, pool: str
 
 
 def _row_names(
-    kind: str, keys: list[Any], relation: Relation, run: Run, selection: Selection
+    kind: str, keys: pa.ChunkedArray, relation: Relation, run: Run, selection: Selection
 ) -> tuple[list[Any], Column]:
     """Names of the map's rows, and the row of each key found."""
+    distinct, inverse = np.unique(keys.to_numpy(), return_inverse=True)
+    found: list[Any] = distinct.tolist()
     if kind == "rank":
         expected = selection.ranks or range(run.world_size or 0)
-        named: list[Any] = sorted({*keys, *expected})
+        named: list[Any] = sorted({*found, *expected})
         labels = {rank: rank for rank in named}
     elif kind == "device":
-        labels = {key: relation.names[key].device for key in set(keys)}
+        labels = {key: relation.names[key].device for key in found}
         named = sorted(set(labels.values()), key=lambda device: device or "")
     else:
-        pairs = sorted({tuple(map(int, key.split())) for key in keys})
+        pairs = sorted({tuple(map(int, key.split())) for key in found})
         labels = {f"{layer} {expert}": f"layer{layer}/expert{expert}" for layer, expert in pairs}
         named = list(labels.values())
     places = {name: index for index, name in enumerate(named)}
-    return named, np.array([places[labels[key]] for key in keys], np.intp)
+    return named, np.array([places[labels[key]] for key in found], np.intp)[inverse]
 
 
 def _split(keys: list[Any], columns: dict[str, Column], grid: Grid, relation: Relation) -> list[dict[str, Any]]:

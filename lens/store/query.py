@@ -19,6 +19,7 @@ from lens.store.charts import Charts, Window, heatmap_binary, heatmap_json, unit
 from lens.store.communication import communication_of
 from lens.store.errors import BadQueryError, StoreBehindError, StoreError, UnknownStepError
 from lens.store.export.exporter import Export, Wanted, export_of
+from lens.store.export.kept import KeptExports
 from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
 from lens.store.history import ForgottenError, Histories, Update
@@ -54,6 +55,7 @@ class Query:
         self._folder, self._prices = folder, prices or Prices()
         self._charts = Charts(folder.store, folder.registry)
         self._evaluate = evaluate or Histories().evaluate
+        self._exports = KeptExports()
         self._judging: dict[str, threading.Lock] = {}
         self._guest = Guest(folder.store, folder.registry, folder.limits.sql)
         self._answers: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
@@ -211,8 +213,17 @@ class Query:
 
     def export(self, run: str, wanted: Wanted) -> Export:
         """The run as a file for other tools; see `export.exporter.export_of`."""
+        state = self.state_of(run)
         known = self._settled(run)
-        return export_of(self._folder.store, self._folder.registry, known, wanted)
+        if wanted.format != "arrow":
+            return export_of(self._folder.store, self._folder.registry, known, wanted)
+        key = known.number, wanted
+        found = self._exports.get(key, state)
+        if found is None:
+            made = export_of(self._folder.store, self._folder.registry, known, wanted)
+            # A batch that came while this is read may be in it or not.
+            found = self._exports.keeping(key, lambda: state if self.state_of(run) == state else None, made)
+        return found
 
     def exported(self, run: str, format: str, table: str, first: int | None, last: int | None) -> Iterator[bytes]:
         """The parts of that file."""

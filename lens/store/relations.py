@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lens.slots import NULL
 from lens.store.engine import Store, quote
@@ -75,16 +75,31 @@ class Relation:
     """A SELECT over (key, rank, axis, bucket, min, max, sum, count, odd)."""
     extent: tuple[int, int] | None = None
     """First and last step (or time) there may be, from the roll-up."""
+    axis: str = "step"
+    """What it is drawn over: step or time."""
 
 
-def relation_of(store: Store, registry: Registry, run: int, selection: Selection, axis: str) -> Relation | None:
+def relation_of(
+    store: Store, registry: Registry, run: int, selection: Selection, axis: str | None = None
+) -> Relation | None:
     """Where the selected values are; None if the run has none.
 
-    `axis` is "step" or "time"; samples without a step are placed at the step that was going on at their time.
+    `axis` is "step" or "time", or None for the metric's own (see `natural_axis`); over steps, samples without a step
+    are placed at the step that was going on at their time.
     """
-    chosen = [series for series in registry.series(run, selection.metric) if selection.takes(series)]
+    every = registry.series(run, selection.metric)
+    chosen = [series for series in every if selection.takes(series)]
     if chosen:
-        found = _from_samples(store, run, selection, chosen, axis) or _from_vectors(store, run, selection, chosen)
+        extents = _extents(store, run, selection, chosen)
+        if axis is None:
+            # Only where what is chosen has no step can others of the metric decide.
+            is_time = extents and STEP_AXIS not in extents
+            axis = natural_axis(store, registry, run, selection.metric) if is_time else "step"
+        found = (
+            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis)
+            if extents
+            else _from_vectors(store, run, selection, chosen)
+        )
         if found is not None:
             return found
     if selection.metric in FROM_STEPS and not selection.labels:
@@ -115,16 +130,23 @@ def natural_axis(store: Store, registry: Registry, run: int, metric: str) -> str
     return "time" if sampled and not stepped else "step"
 
 
-def _from_samples(store: Store, run: int, selection: Selection, chosen: list[Series], axis: str) -> Relation | None:
-    where = f"run = {run} AND mid IN ({_numbers(s.mid for s in chosen)}) AND {selection.rank_filter()}"
-    extents = {
-        row["axis"]: (row["low"], row["high"])
-        for row in store.query(
-            f"SELECT axis, min(bucket) AS low, max(bucket) AS high FROM lens.rollup WHERE {where} GROUP BY axis"
-        ).to_pylist()
-    }
-    if not extents:
-        return None
+def _extents(store: Store, run: int, selection: Selection, chosen: list[Series]) -> dict[int, tuple[int, int]]:
+    """First and last bucket of the roll-up on each axis that the samples have."""
+    found = store.query(
+        "SELECT axis, min(bucket) AS low, max(bucket) AS high FROM lens.rollup "
+        f"WHERE {_of_chosen(run, selection, chosen)} GROUP BY axis"
+    )
+    return {row["axis"]: (row["low"], row["high"]) for row in found.to_pylist()}
+
+
+def _of_chosen(run: int, selection: Selection, chosen: list[Series]) -> str:
+    return f"run = {run} AND mid IN ({_numbers(s.mid for s in chosen)}) AND {selection.rank_filter()}"
+
+
+def _from_samples(
+    run: int, selection: Selection, chosen: list[Series], axis: str, extents: dict[int, tuple[int, int]]
+) -> Relation:
+    where = _of_chosen(run, selection, chosen)
     names = _names(chosen)
     plain = f"SELECT mid AS key, rank, step, t_ns, value FROM lens.samples WHERE {where}"
     if axis == "time":

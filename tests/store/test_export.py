@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
+from lens.store.engine import Store
 from lens.store.export import rows
 from lens.store.export.rows import ORDER
 
@@ -72,6 +73,51 @@ def test_metrics_read_together_or_one_by_one_are_the_same_file(
         assert client.get(run, params={"format": "csv", "table": table}).content == together
 
 
+def test_names_come_back_to_their_rows_however_the_series_lie(client: TestClient) -> None:
+    client.post("/api/v1/runs", json={"run": "many"})
+    sent = [
+        sample(metric, step + 100 * rank, step, rank=rank, host=host, labels=labels)
+        for step in range(3) for rank in (1, 0) for metric in ("b.m", "a.m") for host in ("h1", None)
+        for labels in ({"k": "z"}, {"k": "a"}, None)
+    ]  # fmt: skip
+    sent += [sample("a.m", 7.0, None, t_ns=START)]
+    headers = {"content-type": "application/x-ndjson"}
+    client.post("/api/v1/runs/many/records", content=ndjson(sent), headers=headers)
+    reply = client.get("/api/v1/runs/many/export", params={"format": "arrow", "compression": "lz4"})
+    found = pa.ipc.open_stream(reply.content).read_all().to_pylist()
+    keys = ("metric", "host", "labels", "rank", "step", "t_ns", "value")
+
+    def known(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(tuple(dict(row.get(key) or {}).items()) if key == "labels" else row.get(key) for key in keys)
+
+    def place(row: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple((value is not None, value) for value in row)
+
+    assert [known(row) for row in found] == sorted(map(known, sent), key=place)
+
+
+def test_a_run_that_has_not_changed_is_not_read_again(
+    client: TestClient, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    stream = Store.stream
+
+    def noted(self: Store, sql: str, rows: int) -> Any:
+        read.append(sql)
+        return stream(self, sql, rows)
+
+    monkeypatch.setattr(Store, "stream", noted)
+    first, second = (client.get(run, params={"format": "arrow", "metric": "train.loss"}).content for _ in range(2))
+    assert (first, len(read)) == (second, 1)
+    client.post(
+        run.replace("export", "records"),
+        content=ndjson([sample("train.loss", -3.0, 5, rank=0)]),
+        headers={"content-type": "application/x-ndjson"},
+    )
+    third = client.get(run, params={"format": "arrow", "metric": "train.loss"}).content
+    assert pa.ipc.open_stream(third).read_all().column("value").to_pylist() == [2.0, 1.0, 0.0, -1.0, -2.0, -3.0]
+
+
 def test_csv_quotes_what_it_must_and_leaves_absent_values_empty(client: TestClient, run: str) -> None:
     def rows(table: str, **more: Any) -> list[dict[str, str]]:
         text = client.get(run, params={"format": "csv", "table": table, **more}).text
@@ -128,7 +174,7 @@ def test_a_trace_has_a_process_a_rank_and_every_span_in_its_place(client: TestCl
     ("params", "status"),
     [
         ({"format": "xlsx"}, 422), ({"table": "batches"}, 422), ({"from": 3, "to": 2}, 400),
-        ({"table": "steps", "metric": "m"}, 400),
+        ({"table": "steps", "metric": "m"}, 400), ({"format": "csv", "compression": "lz4"}, 400),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_said(client: TestClient, run: str, params: dict[str, Any], status: int) -> None:

@@ -6,11 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from lens.store.decode import ARROW
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError, StoreFullError
-from lens.store.export.files import WRITERS, archive
+from lens.store.export.files import WRITERS, archive, arrow
 from lens.store.export.perfetto import trace
 from lens.store.export.rows import BY_METRIC, ORDER, Rows, Steps
 from lens.store.registry import Registry
@@ -30,6 +31,8 @@ class Wanted:
     steps: Steps = field(default_factory=Steps)
     metric: str | None = None
     """Only this one, of samples or vectors."""
+    compression: str | None = None
+    """Of the buffers of an Arrow stream: lz4, zstd, or none."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def _export_of(store: Store, registry: Registry, run: Run, wanted: Wanted) -> Ex
     if steps.first is not None and steps.last is not None and steps.first > steps.last:
         raise BadQueryError(f"from={steps.first} lies after to={steps.last}", "give the earlier step as from")
     rows = Rows(store, registry, run, steps, wanted.metric)
+    if wanted.compression is not None and wanted.format != "arrow":
+        raise BadQueryError(f"{wanted.format} has no compression to choose", "compression goes with format=arrow")
     if wanted.format == "perfetto":
         t0_ns = registry.progress(run.number).first_t_ns or 0
         return Export(f"{run.id}.json.gz", "application/gzip", trace(rows, run, t0_ns))
@@ -103,5 +108,6 @@ def _export_of(store: Store, registry: Registry, run: Run, wanted: Wanted) -> Ex
         raise BadQueryError(f"{wanted.table} has no metrics", f"metric goes with {' and '.join(BY_METRIC)}")
     if wanted.table not in ORDER:
         raise BadQueryError(f"table: {wanted.table!r} is unknown", f"use {', '.join(ORDER)} or all")
-    parts = WRITERS[wanted.format](rows, wanted.table)
+    write = WRITERS[wanted.format] if wanted.compression is None else partial(arrow, compression=wanted.compression)
+    parts = write(rows, wanted.table)
     return Export(f"{run.id}.{wanted.table}.{wanted.format}", _MEDIA[wanted.format], parts)

@@ -44,12 +44,13 @@ def csv(rows: Rows, table: str) -> Iterator[bytes]:
     yield sink.taken()
 
 
-def arrow(rows: Rows, table: str) -> Iterator[bytes]:
-    """The view as an Arrow IPC stream."""
+def arrow(rows: Rows, table: str, compression: str | None = None) -> Iterator[bytes]:
+    """The view as an Arrow IPC stream; `compression` of its buffers: lz4, zstd or None."""
     sink, writer = _Sink(), None
+    options = pa.ipc.IpcWriteOptions(compression=compression)
     for batch in rows.batches(table):
         if writer is None:
-            writer = pa.ipc.new_stream(sink.file, batch.schema)
+            writer = pa.ipc.new_stream(sink.file, batch.schema, options=options)
         writer.write_batch(batch)
         yield sink.taken()
     if writer is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from lens.slots import NULL
 from lens.store.engine import Store
+from lens.store.export.samples import encoded, nothing, plain, sample_batches
 from lens.store.registry import Registry
 from lens.store.runs import Run
 from lens.store.sql.views import with_clause
@@ -22,14 +25,14 @@ def _of_steps(metric: str, value: str) -> str:
 
 
 ORDER = {
-    "samples": "metric, host, device, rank, step, t_ns",
+    "samples": "metric, host, device, labels, rank, step, t_ns",
     "steps": "step, rank, t0_ns",
     "spans": "t0_ns, rank, kind, name",
     "collectives": "t0_ns, rank, group, seq",
     "vectors": "metric, layer, rank, step, t_ns",
     "events": "t_ns, rank, kind",
 }
-"""What can be exported, and how its rows are sorted."""
+"""What can be exported, and how its rows are sorted. Samples are read and named in `samples`."""
 BATCH_ROWS = 100_000
 ROWS_AT_ONCE = 1_000_000
 """Metrics are read together up to so many rows, about: a query each would take longer than the rows of a small run."""
@@ -48,7 +51,7 @@ _COUNTED = {"samples": ("rollup", "sum(count + odd)"), "vectors": ("vectors", "c
 """Where it can be seen how many rows a series has."""
 _TIME = {"samples": "t_ns", "vectors": "t_ns", "events": "t_ns"}
 BY_METRIC = ("samples", "vectors")
-_NESTED = {"samples": ("labels",), "vectors": ("labels", "values")}
+_NESTED = {"vectors": ("labels", "values")}
 # A sort larger than this goes to the disk, so that an export of any size fits beside ingest.
 _SETTINGS = (
     " SETTINGS max_bytes_before_external_sort = 268435456, max_memory_usage = 2147483648, max_threads = 2,"
@@ -92,23 +95,50 @@ class Rows:
     ) -> Iterator[pa.RecordBatch]:
         """The rows of a view of `ORDER`, at least one batch (it may be empty).
 
-        `flat` gives maps and lists as JSON; `only` are the metrics wanted of samples or vectors.
+        `flat` gives dictionaries as text, maps and lists as JSON; `only` are the metrics wanted of samples or vectors.
         """
+        batches = self._samples(only) if table == "samples" else self._others(table, flat, only)
         empty = True
+        for batch in batches:
+            empty = False
+            yield plain(batch) if flat and table == "samples" else batch
+        if not empty:
+            return
+        if table == "samples":
+            yield plain(nothing()) if flat else nothing()
+        else:
+            yield pa.RecordBatch.from_pylist(
+                [], self._store.query(f"{self._sql(table, None, flat)} LIMIT 0").schema
+            )
+
+    def _samples(self, only: frozenset[str] | None) -> Iterator[pa.RecordBatch]:
+        if self._metric in DERIVED:
+            source, view = DERIVED[self._metric]
+            views = with_clause([view], {self._run.number: self._run.id}, {})
+            sql = f"{views}SELECT * FROM {source} WHERE {self._where('samples')} ORDER BY {ORDER['samples']}{_SETTINGS}"
+            yield from map(encoded, self._store.stream(sql, BATCH_ROWS))
+            return
+        known = self._registry.series(self._run.number, self._metric)
+        chosen = [each for each in known if only is None or each.metric in only]
+        where = self._where("samples", f"step = {NULL}")
+        yield from sample_batches(
+            self._store, self._run, chosen, where, lambda: self._rows_of_series("samples"), ROWS_AT_ONCE
+        )
+
+    def _others(self, table: str, flat: bool, only: frozenset[str] | None) -> Iterator[pa.RecordBatch]:
         for metrics in self._together(table, only) if table in BY_METRIC else (None,):
-            for batch in self._store.stream(self._sql(table, metrics, flat) + _SETTINGS, BATCH_ROWS):
-                empty = False
-                yield batch
-        if empty:
-            found = self._store.query(f"{self._sql(table, None, flat)} LIMIT 0")
-            yield pa.RecordBatch.from_pylist([], found.schema)
+            yield from self._store.stream(self._sql(table, metrics, flat) + _SETTINGS, BATCH_ROWS)
 
     def _together(self, table: str, only: frozenset[str] | None) -> Iterator[list[str]]:
         """The metrics wanted, in their order, as many at a time as are worth a query."""
         if self._metric is not None:
             yield [self._metric]
             return
-        rows = self._rows_of_metrics(table)
+        rows: Counter[str] = Counter()
+        known = {series.mid: series.metric for series in self._registry.series(self._run.number)}
+        for mid, number in self._rows_of_series(table).items():
+            if mid in known:
+                rows[known[mid]] += number
         some: list[str] = []
         for metric in sorted(rows if only is None else rows.keys() & only):
             if some and sum(rows[each] for each in some) + rows[metric] > ROWS_AT_ONCE:
@@ -118,30 +148,25 @@ class Rows:
         if some:
             yield some
 
-    def _rows_of_metrics(self, table: str) -> dict[str, int]:
+    def _rows_of_series(self, table: str) -> dict[int, int]:
         source, count = _COUNTED[table]
-        known = {series.mid: series.metric for series in self._registry.series(self._run.number)}
         found = self._store.query(
             f"SELECT mid, {count} AS rows FROM lens.{source} WHERE run = {self._run.number} GROUP BY mid"
         )
-        rows: dict[str, int] = {}
-        for mid, number in zip(found.column("mid").to_pylist(), found.column("rows").to_pylist(), strict=True):
-            if mid in known:
-                rows[known[mid]] = rows.get(known[mid], 0) + number
-        return rows
+        return dict(zip(found.column("mid").to_pylist(), found.column("rows").to_pylist(), strict=True))
+
+    def _where(self, table: str, no_step: str = "step IS NULL") -> str:
+        """The condition of the steps asked for; `no_step` says that a row has none."""
+        if table not in _TIME or self._steps.is_all:
+            return self._between
+        return f"if({no_step}, {_condition(_TIME[table], *self._times)}, {self._between})"
 
     def _sql(self, table: str, metrics: list[str] | None, flat: bool) -> str:
         chosen = {} if metrics is None else {table: metrics}
-        derived = DERIVED.get(metrics[0]) if metrics and table == "samples" else None
-        source, view = derived or ("", table)
-        views = with_clause([view], {self._run.number: self._run.id}, chosen)
+        views = with_clause([table], {self._run.number: self._run.id}, chosen)
         nested = [f"toJSONString({name}) AS {name}" for name in _NESTED.get(table, ()) if flat]
         columns = f"* REPLACE ({', '.join(nested)})" if nested else "*"
-        where = self._between
-        if table in _TIME:
-            during = _condition(_TIME[table], *self._times)
-            where = f"if(step IS NULL, {during}, {where})"
-        return f"{views}SELECT {columns} FROM {source or table} WHERE {where} ORDER BY {ORDER[table]}"
+        return f"{views}SELECT {columns} FROM {table} WHERE {self._where(table)} ORDER BY {ORDER[table]}"
 
 
 def _condition(column: str, low: int | None, high: int | None) -> str:

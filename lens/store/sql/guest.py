@@ -115,6 +115,7 @@ class Guest:
             "max_execution_time": self._limits.seconds,
             "timeout_overflow_mode": "'throw'",
             "max_memory_usage": self._limits.memory,
+            "max_query_size": 1 << 18,
             "max_threads": 2,
             "max_block_size": 8192,
             "max_joined_block_size_rows": 8192,
