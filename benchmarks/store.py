@@ -31,6 +31,7 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.store_peers import BATCH, DATABASES, METRICS, TRACKERS, columns, measure
 from benchmarks.store_server import RUN, Server, as_tracker, body, slots
+from lens.store.aggregates import SERIES, aggregated
 from lens.store.decode import ARROW
 from lens.store.engine import Store
 
@@ -41,8 +42,9 @@ SPARE_STEPS = 10_000
 def engine_rows(start: int, rows: int, ranks: int) -> pa.Table:
     """As rows of the database's own table."""
     found = columns(start, rows, ranks)
-    mid = found.pop("metric").astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
-    return pa.table({"run": np.full(rows, 1, "<u4"), "mid": mid, **found})
+    metric = found.pop("metric")
+    mid = metric.astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
+    return pa.table({"run": np.full(rows, 1, "<u4"), "mid": mid, SERIES: metric, **found})
 
 
 def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
@@ -61,16 +63,17 @@ def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
     found["ingest_rows_s"] = rows / sum(_timed(lambda part=part: store.insert("samples", part)) for part in parts)
     reader = threading.Thread(target=read)
     reader.start()
-    spent = sum(
-        _timed(lambda part=part, target=target: store.insert(target, part))
-        for part in parts
-        for target in ("samples", "rollup", "latest")
-    )
+    spent = sum(_timed(lambda part=part: _insert_all(store, part)) for part in parts)
     stop.set()
     reader.join()
     store.close()
     found["ingest_live_rows_s"] = rows / spent
     found["reads_while_ingesting"] = asked[0]
+
+
+def _insert_all(store: Store, part: pa.Table) -> None:
+    for target, rows in aggregated(part).items():
+        store.insert(target, rows)
 
 
 def _timed(job: Any) -> float:

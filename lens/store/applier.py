@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lens.store.aggregates import aggregated
 from lens.store.engine import Store
 from lens.store.entries import CUT, Cut
 from lens.store.errors import StoreBehindError, StoreError
@@ -275,9 +276,9 @@ class Applier:
 
     def _insert(self, cut: Cut, group: RowGroup, check: bool) -> None:
         newest = self._store.newest_blocks() if check else {}
-        for target, (source, _, _) in TARGETS.items():
-            if source in group and newest.get(target, 0) <= cut.blocks.get(target, 0):
-                self._store.insert(target, group[source])
+        for target in TARGETS:
+            if target in group and newest.get(target, 0) <= cut.blocks.get(target, 0):
+                self._store.insert(target, group[target])
 
     def _failed(self, error: StoreError, attempt: int) -> bool:
         """Wait before the next attempt; true when the server stops, and the log keeps what is not applied."""
@@ -308,6 +309,8 @@ class Applier:
             "batches": [item.batch for item in items if item.batch is not None],
         }
         group = join_rows(parts)
+        if "samples" in group:
+            group |= aggregated(group["samples"])
         group.update({name: table_of(_SCHEMAS[name], rows) for name, rows in small.items() if rows})
         return group
 

@@ -105,8 +105,8 @@ class Store:
         Raises:
             StoreError: the database refuses or fails; nothing or everything of the rows is in the table.
         """
-        _, columns, select = TARGETS[target]
-        self._write(f"INSERT INTO lens.{target} ({columns}) {select}{_ONE_PART}", rows)
+        columns = TARGETS[target]
+        self._write(f"INSERT INTO lens.{target} ({columns}) SELECT {columns} FROM Python(rows){_ONE_PART}", rows)
 
     def newest_blocks(self) -> dict[str, int]:
         """Number of the newest block inserted into each table; a table never filled is absent.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lens.slots import NULL
+from lens.store.groups import grouped
 from lens.store.held import held_seconds
 from lens.tables import Tables
 
@@ -106,11 +107,16 @@ def _sample_cells(tables: Tables, cells: dict[Key, Columns]) -> None:
     with_step = np.flatnonzero(samples["step"] != NULL)
     if not len(with_step):
         return
-    names = np.stack([samples["metric"][with_step], samples["labels"][with_step]], axis=1)
-    for metric, labels in np.unique(names, axis=0).tolist():
-        rows = with_step[(names[:, 0] == metric) & (names[:, 1] == labels)]
-        key = (tables.strings[metric], tables.string(labels))
-        cells[key] = _columns(samples["step"][rows], samples["rank"][rows], samples["value"][rows])
+    whole = len(with_step) == len(samples["step"])
+    chosen = samples if whole else tables.select("samples", with_step)
+    groups = grouped([chosen["metric"], chosen["labels"]], [len(tables.strings)] * 2)
+    order, ends = groups.sorted_rows()
+    steps, ranks, values = _columns(*(chosen[name][order] for name in ("step", "rank", "value")))
+    start = 0
+    for row, end in zip(groups.first.tolist(), ends.tolist(), strict=True):
+        key = (tables.strings[chosen["metric"][row]], tables.string(int(chosen["labels"][row])))
+        cells[key] = steps[start:end], ranks[start:end], values[start:end]
+        start = end
 
 
 def _vector_cells(tables: Tables, cells: dict[Key, Columns]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from lens.store.aggregates import SERIES
+from lens.store.groups import Groups, grouped
 from lens.tables import SCHEMA, Column, Tables
 
 RowGroup = dict[str, pa.Table]
@@ -40,6 +42,7 @@ class RowMaker:
 
     def __init__(self) -> None:
         self._mids: dict[tuple[str | None, ...], int] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
 
     def rows(self, run: int, tables: Tables) -> tuple[RowGroup, dict[int, Series]]:
         """Rows of all records of one run, and every series among them."""
@@ -51,9 +54,9 @@ class RowMaker:
                 group[name] = _arrow(run, count, _columns(name, tables, dictionary))
         series: dict[int, Series] = {}
         if tables.count("samples"):
-            mids = self.series("samples", tables, series)
+            mids, numbers = self._numbered(run, tables, series)
             columns = {k: v for k, v in tables.samples.items() if k not in _SERIES_COLUMNS}
-            group["samples"] = _arrow(run, len(mids), {"mid": mids, **columns})
+            group["samples"] = _arrow(run, len(mids), {"mid": mids, SERIES: numbers, **columns})
         if tables.count("vectors"):
             mids = self.series("vectors", tables, series)
             columns = {k: tables.vectors[k] for k in ("layer", "rank", "step", "t_ns")}
@@ -62,12 +65,22 @@ class RowMaker:
 
     def series(self, name: str, tables: Tables, found: dict[int, Series]) -> Column:
         """The mid of every row of a table; what they stand for is added to `found`."""
+        mids, groups = self._series(name, tables, found)
+        return mids[groups.member]
+
+    def _numbered(self, run: int, tables: Tables, found: dict[int, Series]) -> tuple[Column, Column]:
+        """The mid of every sample, and a small number for its series among those of all runs."""
+        mids, groups = self._series("samples", tables, found)
+        numbers = [self._numbers.setdefault((run, mid), len(self._numbers)) for mid in mids.tolist()]
+        return mids[groups.member], np.array(numbers, "<i4")[groups.member]
+
+    def _series(self, name: str, tables: Tables, found: dict[int, Series]) -> tuple[Column, Groups]:
         table = tables.table(name)
         absent = np.full(tables.count(name), -1, "<i4")
         codes = [table.get(column, absent) for column in _SERIES_COLUMNS]
-        first, inverse = _distinct(codes, len(tables.strings) + 1)
-        mids = np.empty(len(first), "<u8")
-        for index, row in enumerate(first.tolist()):
+        groups = grouped(codes, [len(tables.strings)] * len(codes))
+        mids = np.empty(groups.count, "<u8")
+        for index, row in enumerate(groups.first.tolist()):
             metric, host, device, labels = (tables.string(int(column[row])) for column in codes)
             key = (metric, host, device, labels)
             mid = self._mids.get(key)
@@ -75,7 +88,7 @@ class RowMaker:
                 mid = self._mids[key] = mid_of(metric or "", host, device, labels)
             mids[index] = mid
             found[mid] = Series(mid, metric or "", host, device, labels)
-        return mids[inverse]
+        return mids, groups
 
 
 def join_rows(groups: list[RowGroup]) -> RowGroup:
@@ -92,20 +105,6 @@ def join_rows(groups: list[RowGroup]) -> RowGroup:
 def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
     """Rows given one by one, for the small tables."""
     return pa.Table.from_pylist(rows, schema)
-
-
-def _distinct(codes: list[Column], size: int) -> tuple[Column, Column]:
-    """First row of each distinct combination of codes, and which combination every row is."""
-    key = codes[0].astype("<i8") + 1
-    width = size
-    for column in codes[1:]:
-        if width * (size + 1) >= 2**62:
-            _, key = np.unique(key, return_inverse=True)
-            width = len(key)
-        key = key * (size + 1) + column + 1
-        width *= size + 1
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    return first, inverse
 
 
 class _Dictionary:

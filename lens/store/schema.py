@@ -132,43 +132,28 @@ MIGRATIONS: list[list[str]] = [_FIRST, _UPKEEP]
 """Migration n (from 1) is MIGRATIONS[n - 1]. A released one never changes; a new one is added at the end."""
 
 
-def _copied(name: str, columns: str) -> tuple[str, str, str]:
-    return name, columns, f"SELECT {columns} FROM Python(rows)"
-
-
-_ROLLUP = f"""SELECT run, mid, rank, step < 0 AS axis,
-    if(step < 0, intDiv(t_ns, {TIME_BUCKET_NS}), intDiv(step, {STEP_BUCKET})) AS bucket,
-    min(if(isFinite(value), value, inf)) AS min, max(if(isFinite(value), value, -inf)) AS max,
-    sumIf(value, isFinite(value)) AS sum, countIf(isFinite(value)) AS count, countIf(NOT isFinite(value)) AS odd
-    FROM Python(rows) GROUP BY run, mid, rank, axis, bucket"""
-_LATEST = """SELECT run, mid, rank, max(rows.t_ns) AS t_ns, argMax(rows.step, rows.t_ns) AS step,
-    argMax(value, rows.t_ns) AS value FROM Python(rows) AS rows GROUP BY run, mid, rank"""
-
-TARGETS: dict[str, tuple[str, str, str]] = {
-    "runs": _copied("runs", "run, id, json, version"),
-    "ranks": _copied("ranks", "run, rank, host, device, vendor, model, local_rank, version"),
-    "series": _copied("series", "run, mid, metric, host, device, labels"),
-    "samples": _copied("samples", "run, mid, rank, step, t_ns, value"),
-    "rollup": ("samples", "run, mid, rank, axis, bucket, min, max, sum, count, odd", _ROLLUP),
-    "latest": ("samples", "run, mid, rank, t_ns, step, value", _LATEST),
-    "steps": _copied(
-        "steps",
-        "run, rank, step, t0_ns, t1_ns, tokens, micro_batches, seq_sq, recompiles, gc_ns, log_ns, attrs",
-    ),
-    "spans": _copied("spans", "run, t0_ns, t1_ns, kind, name, rank, step, attrs"),
-    "collectives": _copied(
-        "collectives",
+TARGETS: dict[str, str] = {
+    "runs": "run, id, json, version",
+    "ranks": "run, rank, host, device, vendor, model, local_rank, version",
+    "series": "run, mid, metric, host, device, labels",
+    "samples": "run, mid, rank, step, t_ns, value",
+    "rollup": "run, mid, rank, axis, bucket, min, max, sum, count, odd",
+    "latest": "run, mid, rank, t_ns, step, value",
+    "steps": ("run, rank, step, t0_ns, t1_ns, tokens, micro_batches, seq_sq, recompiles, gc_ns, log_ns, attrs"),
+    "spans": "run, t0_ns, t1_ns, kind, name, rank, step, attrs",
+    "collectives": (
         "run, t0_ns, t1_ns, t_wait_ns, t_done_ns, op, group, seq, bytes, rank, step, layer, phase, micro_batch, "
-        "peer, is_async, dtype, attrs",
+        "peer, is_async, dtype, attrs"
     ),
-    "vectors": _copied("vectors", "run, mid, layer, rank, step, t_ns, values"),
-    "events": _copied("events", "run, t_ns, kind, severity, text, rank, host, device, step, attrs"),
-    "progress": _copied("progress", "run, rank, last_step, first_t_ns, last_t_ns, exit_t_ns, version"),
-    "batches": _copied("batches", "run, source, sequence, position, received_ns, accepted, rejected, lost"),
+    "vectors": "run, mid, layer, rank, step, t_ns, values",
+    "events": "run, t_ns, kind, severity, text, rank, host, device, step, attrs",
+    "progress": "run, rank, last_step, first_t_ns, last_t_ns, exit_t_ns, version",
+    "batches": "run, source, sequence, position, received_ns, accepted, rejected, lost",
 }
-"""Every table that a group of records fills: the rows it is filled from, its columns, the SELECT from those rows.
+"""Every table that a group of records fills, and its columns.
 
 In the order in which they are filled: runs first, since the others refer to them; batches last, so that a batch
-found there is in every table. Roll-up and latest values are filled here and not by materialised views: each insert
-then is one part in one table, which after a crash can be asked whether it is there (see `applier`).
+found there is in every table. Roll-up and latest values are worked out beside the samples (`aggregates`) and not by
+materialised views: each insert then is one part in one table, which after a crash can be asked whether it is there (see
+`applier`).
 """
