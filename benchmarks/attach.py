@@ -2,7 +2,8 @@
 
 A line is queued again and again in the main thread of programs that were not prepared: a loop that allocates all the
 time, under every CPython found, and rank 0 of a DDP training, wherever it is (forward, backward, waiting for data, in
-a collective), and a main thread that only joins another. Then whole attaches, until the first step is in the store.
+a collective), and a main thread that only joins another. Then whole attaches, until the first step is in the store, and
+steps after a detach beside those before.
 
     python benchmarks/attach.py [--quick] [--peers PYTHON] [--json] [--out FILE]
 
@@ -29,7 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
+import attach_leaves
+import psutil
 from attach_programs import ALLOCATING, JOINING, PLACES, TRAINING, UNPREPARED
+from page_table import table
 
 from lens.attach import inject
 from lens.attach.preflight import OLDEST
@@ -217,7 +221,12 @@ def one_attach() -> float | None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = {**os.environ, "LENS_DATA": str(place / "data"), "LENS_RINGS": str(place / "rings")}
+        environment = {
+            **os.environ,
+            "LENS_DATA": str(place / "data"),
+            "LENS_RINGS": str(place / "rings"),
+            "LENS_AGENT_LINGER": "2",
+        }
         server = subprocess.Popen(
             [sys.executable, "-m", "lens", "serve", "--port", str(port)], env=environment, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -236,8 +245,22 @@ def one_attach() -> float | None:
                 attached.wait(60)
                 return took if came else None
         finally:
+            # The agent of the killed training sends what it has and ends, if there is a server; until then it writes here.
+            until(lambda: not _used(place, server.pid), 60)
             server.terminate()
             server.wait(30)
+
+
+def _used(place: Path, server: int) -> bool:
+    """Whether a process besides the server and its own lives whose data lies there."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("LENS_DATA") == str(place / "data") and server not in (
+                process.pid,
+                process.ppid(),
+            ):
+                return True
+    return False
 
 
 def _answers(port: int) -> bool:
@@ -312,14 +335,17 @@ def _quantile(values: list[float], share: float) -> float | None:
     return median(values) if share == 0.5 else quantiles(values, n=100, method="inclusive")[round(100 * share) - 1]
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """Rows as Markdown."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in rows:
-        shown = [f"{v:.2f}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+def summary(tallies: list[Tally], first_data_s: list[float], after: list[float]) -> dict[str, object]:
+    """One number a question; peers are not in it."""
+    ours = [tally for tally in tallies if tally.name not in PEERS]
+    stopped = [each for tally in ours for each in tally.stopped_ms]
+    return {
+        "attempts": sum(tally.attempts for tally in ours), "successes": sum(tally.successes for tally in ours),
+        "target_deaths": sum(tally.crashes + tally.hangs for tally in ours),
+        "stop_p50_ms": _quantile(stopped, 0.5), "stop_p99_ms": _quantile(stopped, 0.99),
+        "longest_extra_ms": max((each for tally in ours for each in tally.extra_ms), default=None),
+        "first_data_s": median(first_data_s) if first_data_s else None, "step_ratio_after_detach": median(after),
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -337,26 +363,37 @@ def main() -> int:
     ]
     tallies += training(dict.fromkeys(PLACES, 100 // share))
     tallies.append(many("th.join", sys.executable, JOINING, 100 // share))
+    if not options.peers:
+        print(f"absent (no --peers): {', '.join(PEERS)}")
     for name, (module, command) in PEERS.items() if options.peers else ():
         there = subprocess.run(
             [options.peers, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec('{module}') is None)"]
         )
         if there.returncode == 0 or module == "py_spy":
             tallies.append(peer(name, options.peers, command, max(2, 40 // share)))
+        else:
+            print(f"{name}: absent")
     seconds = first_data(1 if options.quick else 5)
+    after = attach_leaves.measure("plain", *((2, 60) if options.quick else (20, 200))).after()
     rows = [tally.row() for tally in tallies]
-    if options.json:
-        print(json.dumps({"rows": rows, "first_data_s": seconds, "load": os.getloadavg()}))
-    else:
-        print(table(rows))
-        print(
-            f"\nfirst step in the store after {', '.join(f'{s:.2f}' for s in seconds)} s; load {os.getloadavg()[0]:.1f}"
-        )
+    first = ", ".join(f"{each:.2f}" for each in seconds) or "no step came"
+    page = (
+        f"{table(list(rows[0]), [list(row.values()) for row in rows])}\n\nSeconds from `lens attach` to the first step in "
+        f"the store: {first}. A step after a detach by one before it: {median(after):.3f} (median of {len(after)} attaches "
+        "of one training; `make prove-attach` has more)."
+    )
+    load = f"load {os.getloadavg()[0]:.1f}"
     if options.out:
         options.out.write_text(
-            f"# Entering running processes\n\n`python benchmarks/attach.py` on {os.cpu_count()} cores, load "
-            f"{os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}.\n\n{table(rows)}\n\nSeconds from `lens attach` to the "
-            f"first step in the store: {', '.join(f'{s:.2f}' for s in seconds)}.\n"
+            f"# Entering running processes\n\n`python benchmarks/attach.py` on {os.cpu_count()} cores, {load}, "
+            f"{time.strftime('%Y-%m-%d')}.\n\n{page}\n"
+        )
+    print(f"{page}\n\n{load}")
+    if options.json:
+        print(
+            json.dumps(
+                {**summary(tallies, seconds, after), "rows": rows, "quick": options.quick, "load": os.getloadavg()}
+            )
         )
     return 0
 

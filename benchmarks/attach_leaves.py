@@ -26,6 +26,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from attach_programs import LEAVES
+from page_table import table
 
 WARM_UP_STEPS, SETTLING_STEPS = 150, 20
 PATIENCE_S = 120.0
@@ -106,8 +107,25 @@ class Program:
         return json.loads(self.out.read_text()), (self._folder / "err").read_text()
 
 
-def run(kind: str, cycles: int, steps: int) -> list[str]:
-    """A line of the table."""
+@dataclass
+class Left:
+    """What one training was before, during and after its attaches. took, worked: by the clock, of its main thread."""
+
+    took: list[Cycle]
+    worked: list[Cycle]
+    same_losses: int
+    losses: int
+    same_names: bool
+    same_graphs: bool
+    recompilations: int
+
+    def after(self) -> list[float]:
+        """A step after the detach by one before, cycle by cycle."""
+        return [one.after / one.usual for one in self.took]
+
+
+def measure(kind: str, cycles: int, steps: int) -> Left:
+    """Attach to this training and detach again, so many times."""
     blocks = []
     with tempfile.TemporaryDirectory(prefix="lens-attach-") as name:
         program = Program(kind, Path(name))
@@ -126,15 +144,23 @@ def run(kind: str, cycles: int, steps: int) -> list[str]:
         kept, said = program.end()
     with tempfile.TemporaryDirectory(prefix="lens-attach-") as name:
         alone, _ = Program(kind, Path(name), len(kept["took"])).end(ask=False)
-    found, worked = _cycles(blocks, kept["took"]), _cycles(blocks, kept["worked"])
     same = sum(a == b for a, b in zip(kept["losses"], alone["losses"], strict=True))
+    return Left(
+        _cycles(blocks, kept["took"]), _cycles(blocks, kept["worked"]), same, len(alone["losses"]), kept["names"],
+        kept["graphs"], len(re.findall("Recompiling function", said)),
+    )  # fmt: skip
+
+
+def run(kind: str, cycles: int, steps: int) -> list[str]:
+    """A line of the table."""
+    left = measure(kind, cycles, steps)
     return [
-        PROGRAMS[kind], f"{cycles} × {steps}", f"{1e3 * median(one.before for one in found):.3f}",
-        _ratios([one.again / one.before for one in found]), _ratios([one.attached / one.usual for one in found]),
-        _ratios([one.after / one.usual for one in found]),
-        _ratios([one.again / one.before for one in worked]), _ratios([one.after / one.usual for one in worked]),
-        f"{same:,} of {len(alone['losses']):,} bit for bit", _sameness(kept["names"]), _sameness(kept["graphs"]),
-        str(len(re.findall("Recompiling function", said))),
+        PROGRAMS[kind], f"{cycles} × {steps}", f"{1e3 * median(one.before for one in left.took):.3f}",
+        _ratios([one.again / one.before for one in left.took]), _ratios([one.attached / one.usual for one in left.took]),
+        _ratios(left.after()),
+        _ratios([one.again / one.before for one in left.worked]), _ratios([one.after / one.usual for one in left.worked]),
+        f"{left.same_losses:,} of {left.losses:,} bit for bit", _sameness(left.same_names), _sameness(left.same_graphs),
+        str(left.recompilations),
     ]  # fmt: skip
 
 
@@ -164,8 +190,6 @@ def main() -> int:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     rows = [run(kind, options.cycles, options.steps) for kind in options.only or PROGRAMS]
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     page = (
         "# What an attach leaves behind\n\n"
         f"`python benchmarks/attach_leaves.py` on {os.cpu_count()} cores, Python {platform.python_version()}, load "
@@ -173,7 +197,7 @@ def main() -> int:
         "of the medians of one cycle's blocks: their median, and in brackets where nine of ten of them lie. The yardstick "
         "is chance: a ratio within its range tells nothing, and on a machine with other work that range is wide. Losses are "
         "compared with the same training alone; names are those that an attach replaces, after the last detach; graphs "
-        "are dynamo's own counts of graphs and of breaks.\n\n" + "\n".join(lines) + "\n"
+        "are dynamo's own counts of graphs and of breaks.\n\n" + table(HEAD, rows) + "\n"
     )
     print(page)
     if options.out:

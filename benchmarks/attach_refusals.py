@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from page_table import table
+
 import lens
 from lens.attach.facts import look
 from lens.attach.ptrace import StoppedThread
@@ -233,13 +235,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the page there too")
     options = parser.parse_args()
     rows = [row(case, options.times) for case in cases()]
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     page = (
         f"# What `lens attach` says where it is refused\n\n`python benchmarks/attach_refusals.py` on "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, "
         f"{time.strftime('%Y-%m-%d')}; each asked {options.times} times, from the start of the command to its end.\n\n"
-        + "\n".join(lines)
+        + table(HEAD, rows)
         + "\n"
     )
     print(page)

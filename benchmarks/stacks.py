@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
-from attach import Beat, folder, interpreters, program, table, until
+from attach import Beat, folder, interpreters, program, until
 from attach_programs import ALLOCATING, JOINING, TRAINING
+from page_table import table
 
 from lens.attach import frames
 from lens.attach.facts import look
@@ -195,11 +196,12 @@ def main() -> int:
             )
     rows = [tally.row() for tally in tallies]
     load = f"{os.getloadavg()[0]:.1f}"
-    print(json.dumps({"rows": rows, "load": load}) if options.json else f"{table(rows)}\n\nload {load}")
+    shown = table(list(rows[0]), [list(row.values()) for row in rows])
+    print(json.dumps({"rows": rows, "load": load}) if options.json else f"{shown}\n\nload {load}")
     if options.out:
         options.out.write_text(
             f"# Reading where processes stand\n\n`python benchmarks/stacks.py` on {os.cpu_count()} cores, load {load}, "
-            f"{time.strftime('%Y-%m-%d')}.\n\n{table(rows)}\n\nThe rows of commands count their start; the others do not. "
+            f"{time.strftime('%Y-%m-%d')}.\n\n{shown}\n\nThe rows of commands count their start; the others do not. "
             "The longest turn of a loop depends on what else the machine does.\n"
         )
     return 1 if any(tally.wrong or tally.crashes for tally in tallies) else 0
