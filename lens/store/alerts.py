@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 FILE = "alerts.ndjson"
 SURE, GONE = 2, 5
 """So many evaluations in a row must hold a finding, or lack it."""
+FORGOTTEN = 1000
+"""After so many evaluations in a row that lack it, a finding that comes again is a new one."""
+MOST_KEPT = 10_000
+"""Messages of the past that a server reads when it starts."""
 SEVERITIES = ("warning", "error")
 
 
@@ -103,7 +107,7 @@ class Watch:
         for finding in lacking:
             finding.lacked()
         messages = [message for finding in self.findings if (message := finding.message(self.run)) is not None]
-        self.findings = [finding for finding in self.findings if finding.told is not None or finding.seen]
+        self.findings = [each for each in self.findings if each.missed < (FORGOTTEN if each.told else 1)]
         return messages
 
     def remember(self, told: Alert) -> None:
@@ -145,10 +149,13 @@ def _message(run: str, state: str, best: Mapping[str, Any]) -> Alert:
 class Alerts:
     """What was told of every run, in the data folder, and who is told. Used by one thread."""
 
-    def __init__(self, folder: Path, tell: Iterable[Callable[[Alert], None]] = ()) -> None:
+    def __init__(
+        self, folder: Path, tell: Iterable[Callable[[Alert], None]] = (), runs: Collection[str] | None = None
+    ) -> None:
+        """`runs`: those that there are; what was told of others is cut out of the file."""
         self._path, self._tell = folder / FILE, (_log, *tell)
         self._runs: dict[str, Watch] = {}
-        for told in _read(self._path):
+        for told in _read(self._path, runs):
             self._watch(told.run).remember(told)
 
     def update(self, run: str, diagnosis: Mapping[str, Any]) -> None:
@@ -172,7 +179,7 @@ def _log(alert: Alert) -> None:
     logger.log(logging.INFO if alert.state == "resolved" else logging.WARNING, "%s", alert.text)
 
 
-def _read(path: Path) -> list[Alert]:
+def _read(path: Path, runs: Collection[str] | None) -> list[Alert]:
     """The messages kept; a line that cannot be read (the disk was full) is passed over."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -190,4 +197,19 @@ def _read(path: Path) -> list[Alert]:
             continue
         if isinstance(message, dict) and set(message) == known:
             found.append(Alert(**{**message, "ranks": tuple(message["ranks"])}))
-    return found
+    kept = [alert for alert in found if runs is None or alert.run in runs][-MOST_KEPT:]
+    if len(kept) < len(lines):
+        _rewrite(path, kept)
+    return kept
+
+
+def _rewrite(path: Path, alerts: Iterable[Alert]) -> None:
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.unlink(missing_ok=True)
+        new.touch(0o600)
+        for alert in alerts:
+            add_line(new, asdict(alert))
+        new.replace(path)
+    except OSError as error:
+        logger.warning("alerts of the past could not be cut out of %s: %s", path, error)

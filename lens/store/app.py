@@ -77,7 +77,7 @@ def create_app(
         worker = DiagnosisWorker()
         app.state.folder, app.state.live = folder, LiveFeed()
         app.state.query = Query(folder, worker.evaluate, prices)
-        alerts = Alerts(settings.data, [webhook] if webhook else [])
+        alerts = Alerts(settings.data, [webhook] if webhook else [], {run.id for run in folder.registry.runs()})
         verdicts = Verdicts(app.state.query, app.state.live, alerts)
         app.state.ingest = Ingest(folder, app.state.live, verdicts)
         app.state.recent = bridges.Recent()

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from lens.diagnosis.report import hypothesis
 from lens.settings import Settings, SettingsError
 from lens.store import webhook as webhooks
-from lens.store.alerts import FILE, GONE, Alerts
+from lens.store.alerts import FILE, FORGOTTEN, GONE, Alerts
 from lens.store.app import create_app
 from lens.store.prices import Prices
 from lens.store.webhook import Webhook
@@ -82,6 +82,26 @@ def test_a_server_that_starts_again_does_not_repeat_itself(tmp_path: Path) -> No
     assert again.after(*[judged(SLOW)] * 4) == []
     assert again.after(*[judged()] * GONE) == [("resolved", "slow_device")]
     assert Told(tmp_path).after(*[judged()] * GONE) == []
+
+
+def test_what_was_told_of_a_run_that_is_gone_is_cut_out_at_the_next_start(tmp_path: Path) -> None:
+    first = Alerts(tmp_path)
+    for _ in range(2):
+        first.update("kept", judged(SLOW))
+        first.update("deleted", judged(SLOW))
+    said: list[str] = []
+    again = Alerts(tmp_path, [lambda alert: said.append(alert.run)], {"kept"})
+    assert [json.loads(line)["run"] for line in (tmp_path / FILE).read_text().splitlines()] == ["kept"]
+    for _ in range(2):
+        again.update("kept", judged(SLOW))
+        again.update("deleted", judged(SLOW))
+    assert said == ["deleted"]
+
+
+def test_what_comes_again_long_after_it_was_over_is_told_again(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told.after(*[judged(SLOW)] * 2, *[judged()] * FORGOTTEN)
+    assert told.after(*[judged(SLOW)] * 2) == [("firing", "slow_device")]
 
 
 @pytest.fixture
