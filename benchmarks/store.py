@@ -35,6 +35,8 @@ from lens.store.aggregates import SERIES, aggregated
 from lens.store.decode import ARROW
 from lens.store.engine import Store
 
+QUICK = 50_000
+"""Most rows of a slow peer with --quick."""
 SPARE_STEPS = 10_000
 """Steps set aside for what is sent while a question is asked."""
 
@@ -88,11 +90,10 @@ def over_http(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> Non
     server = Server(data)
     described = {"run": RUN, "world_size": ranks}
     server.ask("/api/v1/runs", json.dumps(described).encode())
-    _send(server, _bodies(0, rows, ranks), found)
+    busy = _send(server, _bodies(0, rows, ranks), found)
     started = time.perf_counter()
-    stored = server.sql("SELECT count() FROM samples")[0][0]
-    found["samples"] = stored
-    found["settle_s"] = time.perf_counter() - started
+    found["samples"] = server.sql("SELECT count() FROM samples")[0][0]
+    found["ingest_http_readable_rows_s"] = rows / (busy + time.perf_counter() - started)
     path = f"/api/v1/runs/{RUN}"
     found["series_ms"] = server.median_ms(f"{path}/series?metric=metric.00&rank=0&points=1000")
     found["heatmap_ms"] = server.median_ms(f"{path}/heatmap?metric=metric.00&columns=1000&format=binary")
@@ -132,8 +133,8 @@ def _bodies(start: int, rows: int, ranks: int) -> Iterator[bytes]:
         yield body(first, min(BATCH, start + rows - first), ranks)
 
 
-def _send(server: Server, bodies: Iterator[bytes], found: dict[str, Any]) -> None:
-    """All bodies, from two connections at a time; making them is not counted."""
+def _send(server: Server, bodies: Iterator[bytes], found: dict[str, Any]) -> float:
+    """All bodies, from two connections at a time; making them is not counted. Returns the seconds counted."""
     waiting: queue.Queue[tuple[int, bytes]] = queue.Queue()
     sent = [0]
     busy = 0.0
@@ -164,6 +165,7 @@ def _send(server: Server, bodies: Iterator[bytes], found: dict[str, Any]) -> Non
             thread.join()
         busy += time.perf_counter() - began
     found["ingest_http_rows_s"] = sent[0] / busy
+    return busy
 
 
 def _while_sending(server: Server, rows: int, ranks: int, ask: Callable[[], float]) -> float:
@@ -234,6 +236,7 @@ ROWS = (
     ("engine: rows a second, raw", "ingest_rows_s", "{:,.0f}"),
     ("engine: with roll-up, latest and a reader", "ingest_live_rows_s", "{:,.0f}"),
     ("HTTP, Arrow, acknowledged: rows a second", "ingest_http_rows_s", "{:,.0f}"),
+    ("  until all of them can be read", "ingest_http_readable_rows_s", "{:,.0f}"),
     ("HTTP, slots of a ring, until readable: rows a second", "ingest_slots_rows_s", "{:,.0f}"),
     ("bytes a sample at rest, roll-up and latest in", "bytes_per_sample", "{:.2f}"),
     ("one series → 1,000 points, ms", "series_ms", "{:.1f}"),
@@ -280,12 +283,16 @@ def _beside(measured: dict[str, dict[str, Any]], unit: str, cells: Any) -> list[
     return lines
 
 
+def _whole(text: str) -> int:
+    return int(float(text))
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=20_000_000, help="(default: %(default)s)")
+    parser.add_argument("--samples", type=_whole, default=20_000_000, help="as 1e9 too (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=512, help="(default: %(default)s); each has 20 metrics")
-    parser.add_argument("--points", type=int, default=1_000_000, help="of the trackers (default: %(default)s)")
+    parser.add_argument("--points", type=_whole, default=1_000_000, help="of the trackers (default: %(default)s)")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="that of the peers' environment")
     parser.add_argument("--quick", action="store_true", help="1.5 million samples of 128 ranks, 100,000 points")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
@@ -299,12 +306,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine(folder, found["engine_rows"], ranks, found)
-        found["databases"] = measure(options.peers, DATABASES, folder, samples, ranks)
+        found["databases"] = measure(
+            options.peers, DATABASES, folder, samples, ranks, QUICK if options.quick else None
+        )
         over_http(folder, samples, ranks, found)
         slots(folder, min(samples, 2_000_000), found)
         found["trackers"] = {
             "lens": as_tracker(folder, points),
-            **measure(options.peers, TRACKERS, folder, points, ranks),
+            **measure(options.peers, TRACKERS, folder, points, ranks, QUICK if options.quick else None),
         }
     found["ingest_rows_s_duckdb"] = found["databases"]["duckdb"].get("rows_s")
     found["seconds"] = time.perf_counter() - began

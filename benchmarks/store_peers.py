@@ -73,7 +73,7 @@ def median_ms(ask: Callable[[], Any], times: int = 3) -> float:
 class Duckdb:
     """Rows by the batch from arrays, a transaction a batch; all its threads."""
 
-    module, most = "duckdb", 10**10
+    module, most, slow = "duckdb", 10**10, False
 
     def write(self, folder: Path, rows: int, ranks: int) -> float:
         import duckdb
@@ -104,7 +104,7 @@ class Duckdb:
 class Sqlite:
     """Rows by the batch, WAL, with the index that one series needs."""
 
-    module, most = "sqlite3", 2_000_000
+    module, most, slow = "sqlite3", 2_000_000, True
 
     def write(self, folder: Path, rows: int, ranks: int) -> float:
         import sqlite3
@@ -138,7 +138,7 @@ class Sqlite:
 class Trackio:
     """Its local SQLite store; no Space, no dashboard."""
 
-    module, most = "trackio", 1_000_000
+    module, most, slow = "trackio", 1_000_000, False
 
     def _opened(self, folder: Path) -> Any:
         os.environ |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -172,7 +172,7 @@ class Trackio:
 class Tensorboard:
     """Its own writer of event files, read by its EventAccumulator."""
 
-    module, most = "tensorboard", 1_000_000
+    module, most, slow = "tensorboard", 1_000_000, True
 
     def write(self, folder: Path, rows: int, ranks: int) -> float:
         from tensorboard.summary import Writer
@@ -203,7 +203,7 @@ class Tensorboard:
 class Wandb:
     """Offline, system statistics off; read by its own `wandb leet inspect`, where its version has it."""
 
-    module, most = "wandb", 1_000_000
+    module, most, slow = "wandb", 1_000_000, True
 
     def write(self, folder: Path, rows: int, ranks: int) -> float:
         os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
@@ -255,13 +255,19 @@ def _synced_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in files)
 
 
-def measure(python: str, names: Iterable[str], folder: Path, points: int, ranks: int) -> dict[str, dict[str, Any]]:
-    """What each peer does with so many points: {points, rows_s, bytes_per_point, …} or {absent: why}."""
+def measure(
+    python: str, names: Iterable[str], folder: Path, points: int, ranks: int, most: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """What each peer does with so many points: {points, rows_s, bytes_per_point, …} or {absent: why}.
+
+    `most` bounds the points of those that are slow.
+    """
     found = {}
     # Not resolved: an environment's python is a link, and is known by where the link lies.
     python = str(Path(python).absolute())
     for name in names:
-        count, place = min(points, PEERS[name].most), folder / name
+        bound = most if most and PEERS[name].slow else points
+        count, place = min(points, PEERS[name].most, bound), folder / name
         place.mkdir()
         found[name] = {"points": count}
         for verb in ("write", "read"):

@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from lens.records import word
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError
+from lens.store.pooling import envelope, pooled
 from lens.store.registry import Registry
 from lens.store.relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
 from lens.store.runs import Run
 from lens.store.schema import STEP_BUCKET, TIME_BUCKET_NS
-from lens.tables import Column
+from lens.tables import Column, Table
 
 MOST_CELLS = 4_000_000
 """Largest answer: series × points, or rows × columns."""
 AXIS_COLUMN = {"step": "step", "time": "t_ns"}
 _BUCKET = {"step": STEP_BUCKET, "time": TIME_BUCKET_NS}
-POOLS = {"max": "max", "mean": "avg", "min": "min"}
+POOLS = ("max", "mean", "min")
+MOST_ROWS = 2_000_000
+"""As many rows are read and grouped here; more are grouped by the database."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,11 @@ class Charts:
         grid = None if relation is None else self._grid(relation, window, axis)
         if relation is None or grid is None:
             return {**reply, "from": window.start, "to": window.stop, "width": 1, "series": []}
-        table = self._store.query(_envelope_sql(relation, grid, axis))
-        if table.num_rows > MOST_CELLS:
-            raise _too_large(table.num_rows)
-        columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "key"}
+        columns = self._envelope(relation, grid, axis)
+        if len(columns["key"]) > MOST_CELLS:
+            raise _too_large(len(columns["key"]))
         grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
-        series = _split(table.column("key").to_pylist(), columns, grid, relation)
+        series = _split(columns.pop("key").tolist(), columns, grid, relation)
         return {**reply, "from": grid.low, "to": grid.high, "width": grid.width, "series": series}
 
     def heatmap(
@@ -96,25 +97,51 @@ class Charts:
             raise BadQueryError(f"pool: {pool!r} is unknown", f"use one of {', '.join(POOLS)}")
         relation = self._rows_relation(run, selection, rows)
         axis = self._axis(run, selection, relation)
-        grid = None if relation is None else self._grid(relation, window, axis)
+        grid = None if relation is None else self._grid(relation, window, axis, _map_width(relation, axis))
         header: dict[str, Any] = {
             "metric": selection.metric, "unit": unit_of(selection.metric), "row_kind": rows, "axis": axis,
         }  # fmt: skip
         if relation is None or grid is None:
             empty: dict[str, Any] = {"rows": [], "from": window.start, "to": window.stop, "width": 1, "columns": 0}
             return {**header, **empty}, np.empty((0, 0), "<f4")
-        found = self._store.query(_heatmap_sql(relation, grid, axis, rows, POOLS[pool]))
-        columns = {name: found.column(name).to_numpy() for name in ("bucket", "pooled", "finite")}
-        grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
-        names, places = _row_names(rows, found.column("row"), relation, run, selection)
+        key = "rank" if rows == "rank" else "key"
+        cells = self._cells(relation, grid, axis, key, pool)
+        grid, cells["bucket"] = _tightened(grid, window, cells["bucket"])
+        names, places = _row_names(rows, cells["row"], relation, run, selection)
         if len(names) * grid.count > MOST_CELLS:
             raise _too_large(len(names) * grid.count)
-        values = np.full((len(names), grid.count), np.nan, "<f4")
-        cells = np.where(columns["finite"] > 0, columns["pooled"], np.inf)
-        pooled = np.fmin if pool == "min" else np.fmax
-        pooled.at(values.reshape(-1), places * grid.count + columns["bucket"], cells.astype("<f4"))
+        flat = places * grid.count + cells["bucket"]
+        values = pooled(flat, cells["value"], cells["finite"], pool, len(names) * grid.count)
+        values = values.reshape(len(names), grid.count)
         bounds = {"from": grid.low, "to": grid.high, "width": grid.width, "columns": grid.count}
         return {**header, "rows": names, **bounds}, values
+
+    def _envelope(self, relation: Relation, grid: Grid, axis: str) -> Table:
+        """Smallest, largest, sum and counts of each bucket of each series: from the roll-up, or from the rows."""
+        if _rolls(relation, grid, axis) or relation.rows is None or relation.rows > MOST_ROWS:
+            return self._columns(_envelope_sql(relation, grid, axis))
+        found = self._columns(f"{_rows_sql(relation, grid, axis, 'key, rank')} ORDER BY key, rank, bucket")
+        return envelope(found["key"], found["rank"], found["bucket"], found["value"])
+
+    def _cells(self, relation: Relation, grid: Grid, axis: str, row: str, pool: str) -> Table:
+        """What a map is pooled from: row, bucket, value and how many finite numbers that is of."""
+        if _rolls(relation, grid, axis):
+            value = {"max": "max", "min": "min", "mean": "sum"}[pool]
+            return self._columns(
+                _rollup_sql(relation, grid, axis, f"{row} AS row", f"r.{value} AS value, r.count AS finite")
+            )
+        if relation.rows is not None and relation.rows <= MOST_ROWS:
+            found = self._columns(_rows_sql(relation, grid, axis, f"{row} AS row"))
+            return {**found, "finite": np.isfinite(found["value"]).astype("<i8")}
+        function = {"max": "max", "min": "min", "mean": "sum"}[pool]
+        return self._columns(
+            f"SELECT row, bucket, {function}If(given, isFinite(given)) AS value, countIf(isFinite(given)) AS finite "
+            f"FROM ({_rows_sql(relation, grid, axis, f'{row} AS row', 'given')}) GROUP BY row, bucket"
+        )
+
+    def _columns(self, sql: str) -> Table:
+        found = self._store.query(sql)
+        return {name: found.column(name).to_numpy() for name in found.column_names}
 
     def _axis(self, run: Run, selection: Selection, relation: Relation | None) -> str:
         if relation is not None:
@@ -152,8 +179,12 @@ class Charts:
         )
         return Relation(sql, {})
 
-    def _grid(self, relation: Relation, window: Window, axis: str) -> Grid | None:
-        """The buckets for a window over what there is; None if there is nothing in it."""
+    def _grid(self, relation: Relation, window: Window, axis: str, least: int | None = None) -> Grid | None:
+        """The buckets for a window over what there is; None if there is nothing in it.
+
+        From `least` steps (or ns) a bucket on, buckets are whole ones of the roll-up; without it, from two of those on.
+        """
+        least = least or 2 * _BUCKET[axis]
         if window.pieces < 1:
             raise BadQueryError("points and columns: at least 1", "leave them out for 1000")
         column = AXIS_COLUMN[axis]
@@ -162,7 +193,7 @@ class Charts:
             coarse = relation.extent
             if coarse is not None and _is_fine(coarse, window):
                 return Grid(coarse[0] if low is None else low, coarse[1] if high is None else high, 1)
-            exact = coarse is None or (coarse[1] - coarse[0]) // window.pieces < 2 * _BUCKET[axis]
+            exact = coarse is None or (coarse[1] - coarse[0]) // window.pieces < least
             if exact:
                 row = self._store.query(
                     f"SELECT min({column}) AS low, max({column}) AS high, count() AS rows FROM ({relation.sql})"
@@ -176,12 +207,17 @@ class Charts:
         if low > high:
             return None
         width = max(1, -(-(high - low + 1) // window.pieces))
-        if relation.rollup is not None and width >= 2 * _BUCKET[axis]:
+        if relation.rollup is not None and width >= least:
             # Whole buckets of the roll-up: it answers instead of the samples.
             bucket = _BUCKET[axis]
             width, low = -(-width // bucket) * bucket, low // bucket * bucket
             high = (high // bucket + 1) * bucket - 1
         return Grid(low, high, width)
+
+
+def _map_width(relation: Relation, axis: str) -> int | None:
+    """A map of very many samples takes whole buckets of the roll-up even where that halves its columns."""
+    return _BUCKET[axis] // 2 if relation.rows is not None and relation.rows > MOST_ROWS else None
 
 
 def _is_fine(extent: tuple[int, int], window: Window) -> bool:
@@ -221,43 +257,50 @@ def heatmap_binary(header: dict[str, Any], values: Column) -> bytes:
     return b"".join((struct.pack("<I", len(text)), text, np.ascontiguousarray(values, "<f4").tobytes()))
 
 
-def _envelope_sql(relation: Relation, grid: Grid, axis: str) -> str:
-    tail = "GROUP BY key, rank, bucket ORDER BY rank, key, bucket"
+def _rolls(relation: Relation, grid: Grid, axis: str) -> bool:
+    """Whether the roll-up answers: its buckets fit into the grid's."""
+    return relation.rollup is not None and grid.width % _BUCKET[axis] == 0 and grid.low % _BUCKET[axis] == 0
+
+
+def _rollup_sql(relation: Relation, grid: Grid, axis: str, keys: str, values: str) -> str:
     bucket = _BUCKET[axis]
-    if relation.rollup is not None and grid.width % bucket == 0 and grid.low % bucket == 0:
-        low, high, width = grid.low // bucket, grid.high // bucket, grid.width // bucket
-        return (
-            f"SELECT key, rank, intDiv(r.bucket - {low}, {width}) AS bucket, "
-            "min(r.min) AS low, max(r.max) AS high, "
-            "sum(r.sum) AS total, sum(r.count) AS finite, sum(r.odd) AS odd, toFloat64(nan) AS odd_value "
-            f"FROM ({relation.rollup}) AS r WHERE r.bucket BETWEEN {low} AND {high} {tail}"
-        )
-    column = AXIS_COLUMN[axis]
+    low, high, width = grid.low // bucket, grid.high // bucket, grid.width // bucket
     return (
-        f"SELECT key, rank, intDiv({column} - {grid.low}, {grid.width}) AS bucket, "
-        "min(if(isFinite(value), value, inf)) AS low, max(if(isFinite(value), value, -inf)) AS high, "
-        "sumIf(value, isFinite(value)) AS total, countIf(isFinite(value)) AS finite, "
-        "countIf(NOT isFinite(value)) AS odd, anyLastIf(value, NOT isFinite(value)) AS odd_value "
-        f"FROM ({relation.sql}) WHERE {column} BETWEEN {grid.low} AND {grid.high} {tail}"
+        f"SELECT {keys}, intDiv(r.bucket - {low}, {width}) AS bucket, {values} "
+        f"FROM ({relation.rollup}) AS r WHERE r.bucket BETWEEN {low} AND {high}"
     )
 
 
-def _heatmap_sql(relation: Relation, grid: Grid, axis: str, rows: str, pool: str) -> str:
+def _rows_sql(relation: Relation, grid: Grid, axis: str, keys: str, value: str = "value") -> str:
     column = AXIS_COLUMN[axis]
-    row = "rank" if rows == "rank" else "key"
-    inner = f"SELECT {row} AS row, {column} AS place, value FROM ({relation.sql})"
     return (
-        f"SELECT row, intDiv(place - {grid.low}, {grid.width}) AS bucket, "
-        f"{pool}If(value, isFinite(value)) AS pooled, countIf(isFinite(value)) AS finite "
-        f"FROM ({inner}) WHERE place BETWEEN {grid.low} AND {grid.high} GROUP BY row, bucket"
+        f"SELECT {keys}, intDiv({column} - {grid.low}, {grid.width}) AS bucket, value AS {value} "
+        f"FROM ({relation.sql}) WHERE {column} BETWEEN {grid.low} AND {grid.high}"
+    )
+
+
+def _envelope_sql(relation: Relation, grid: Grid, axis: str) -> str:
+    tail = "GROUP BY key, rank, bucket ORDER BY rank, key, bucket"
+    if _rolls(relation, grid, axis):
+        sums = (
+            "min(r.min) AS low, max(r.max) AS high, sum(r.sum) AS total, sum(r.count) AS finite, sum(r.odd) AS odd, "
+            "toFloat64(nan) AS odd_value"
+        )
+        return f"{_rollup_sql(relation, grid, axis, 'key, rank', sums)} {tail}"
+    return (
+        "SELECT key, rank, bucket, "
+        "min(if(isFinite(value), value, inf)) AS low, max(if(isFinite(value), value, -inf)) AS high, "
+        "sumIf(value, isFinite(value)) AS total, countIf(isFinite(value)) AS finite, "
+        "countIf(NOT isFinite(value)) AS odd, anyLastIf(value, NOT isFinite(value)) AS odd_value "
+        f"FROM ({_rows_sql(relation, grid, axis, 'key, rank')}) {tail}"
     )
 
 
 def _row_names(
-    kind: str, keys: pa.ChunkedArray, relation: Relation, run: Run, selection: Selection
+    kind: str, keys: Column, relation: Relation, run: Run, selection: Selection
 ) -> tuple[list[Any], Column]:
     """Names of the map's rows, and the row of each key found."""
-    distinct, inverse = np.unique(keys.to_numpy(), return_inverse=True)
+    distinct, inverse = np.unique(keys, return_inverse=True)
     found: list[Any] = distinct.tolist()
     if kind == "rank":
         expected = selection.ranks or range(run.world_size or 0)

@@ -77,6 +77,8 @@ class Relation:
     """First and last step (or time) there may be, from the roll-up."""
     axis: str = "step"
     """What it is drawn over: step or time."""
+    rows: int | None = None
+    """How many rows it has, at most; None if that is not known."""
 
 
 def relation_of(
@@ -90,13 +92,13 @@ def relation_of(
     every = registry.series(run, selection.metric)
     chosen = [series for series in every if selection.takes(series)]
     if chosen:
-        extents = _extents(store, run, selection, chosen)
+        extents, rows = _extents(store, run, selection, chosen)
         if axis is None:
             # Only where what is chosen has no step can others of the metric decide.
             is_time = extents and STEP_AXIS not in extents
             axis = natural_axis(store, registry, run, selection.metric) if is_time else "step"
         found = (
-            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis)
+            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis, rows=rows)
             if extents
             else _from_vectors(store, run, selection, chosen)
         )
@@ -130,13 +132,15 @@ def natural_axis(store: Store, registry: Registry, run: int, metric: str) -> str
     return "time" if sampled and not stepped else "step"
 
 
-def _extents(store: Store, run: int, selection: Selection, chosen: list[Series]) -> dict[int, tuple[int, int]]:
-    """First and last bucket of the roll-up on each axis that the samples have."""
+def _extents(
+    store: Store, run: int, selection: Selection, chosen: list[Series]
+) -> tuple[dict[int, tuple[int, int]], int]:
+    """First and last bucket of the roll-up on each axis that the samples have, and how many samples there are."""
     found = store.query(
-        "SELECT axis, min(bucket) AS low, max(bucket) AS high FROM lens.rollup "
+        "SELECT axis, min(bucket) AS low, max(bucket) AS high, toInt64(sum(count + odd)) AS rows FROM lens.rollup "
         f"WHERE {_of_chosen(run, selection, chosen)} GROUP BY axis"
-    )
-    return {row["axis"]: (row["low"], row["high"]) for row in found.to_pylist()}
+    ).to_pylist()
+    return {row["axis"]: (row["low"], row["high"]) for row in found}, sum(row["rows"] for row in found)
 
 
 def _of_chosen(run: int, selection: Selection, chosen: list[Series]) -> str:
@@ -208,7 +212,7 @@ def _from_steps(store: Store, run: int, selection: Selection) -> Relation | None
     if not row["rows"]:
         return None
     sql = f"SELECT '' AS key, rank, step, t0_ns AS t_ns, {value} AS value FROM lens.steps WHERE {where}"
-    return Relation(sql, {"": Name()}, extent=(row["low"], row["high"]))
+    return Relation(sql, {"": Name()}, extent=(row["low"], row["high"]), rows=row["rows"])
 
 
 def _from_phases(store: Store, run: int, selection: Selection) -> Relation | None:

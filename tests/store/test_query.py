@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lens.slots import NULL
+from lens.store import charts as charting
 from lens.store.charts import Window
 from lens.store.errors import BadQueryError, UnknownRunError, UnknownStepError
 from lens.store.folder import DataFolder
@@ -49,6 +50,54 @@ def test_one_spike_in_many_steps_survives_every_zoom(folder: DataFolder, query: 
         assert line["x"][spike] <= 13_337 < line["x"][spike] + reply["width"]
         heat = query.heatmap(run, Selection("m"), Window(pieces=points))
         assert max(value for value in heat["values"][0] if value is not None) == 1000.0
+
+
+def test_rows_grouped_here_and_by_the_database_are_the_same_charts(
+    folder: DataFolder, query: Query, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: list[Any] = [1.0, -2.0, "NaN", 4.0, "Infinity", 0.5]
+    send(folder, run, [
+        sample("m", values[(step * 7 + rank) % 6], step, rank=rank, device=device)
+        for step in range(3, 60) for rank in (2, 0) for device in ("d1", "d0")
+    ])  # fmt: skip
+
+    def charts() -> list[Any]:
+        found: list[Any] = [query.series(run, Selection("m"), Window(pieces=pieces)) for pieces in (7, 1000)]
+        for pool in ("max", "min", "mean"):
+            found += [
+                query.heatmap(run, Selection("m"), Window(0, 99, 10), rows, pool) for rows in ("rank", "device")
+            ]
+        for line in [line for reply in found[:2] for line in reply["series"]]:
+            # Of several odd values in a bucket the database shows any.
+            for key in ("min", "max", "mean"):
+                line[key] = [value if isinstance(value, float) else "odd" for value in line[key]]
+        return found
+
+    here = charts()
+    monkeypatch.setattr(charting, "MOST_ROWS", 0)
+    by_database = charts()
+    for one, other in zip(here, by_database, strict=True):
+        assert json.loads(json.dumps(one), parse_float=_rounded) == json.loads(
+            json.dumps(other), parse_float=_rounded
+        )
+
+
+def _rounded(text: str) -> float:
+    return round(float(text), 5)
+
+
+def test_a_map_of_very_many_samples_comes_from_the_roll_up(
+    folder: DataFolder, query: Query, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(
+        folder,
+        run,
+        [sample("m", 9.0 if step == 777 else 1.0, step, rank=rank) for rank in (0, 1) for step in range(900)],
+    )
+    monkeypatch.setattr(charting, "MOST_ROWS", 0)
+    heat = query.heatmap(run, Selection("m"), Window(pieces=15))
+    assert (heat["width"], heat["from"], heat["to"]) == (100, 0, 899)
+    assert heat["values"][:2] == [[1.0] * 7 + [9.0, 1.0]] * 2
 
 
 def test_a_window_shows_only_its_steps_and_rolled_up_means_agree(
