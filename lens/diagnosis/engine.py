@@ -14,7 +14,9 @@ from lens.diagnosis import (
     notices,
     numerics,
     policy,
+    queues,
     report,
+    requests,
     told_once,
 )
 from lens.diagnosis.examine import Examiner
@@ -175,7 +177,10 @@ def _status(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> str
         return "hung"
     if any(item["severity"] == "warning" for item in hypotheses):
         return "degraded"
-    return "healthy" if examiner.finished_steps(index) >= policy.ENOUGH_STEPS else "insufficient"
+    enough = (
+        examiner.finished_steps(index) >= policy.ENOUGH_STEPS or requests.count(examiner.tables) >= queues.FEWEST
+    )
+    return "healthy" if enough else "insufficient"
 
 
 def _coverage(examiner: Examiner) -> dict[str, Any]:

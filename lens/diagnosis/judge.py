@@ -18,6 +18,7 @@ from lens.diagnosis import (
     memory,
     notices,
     pauses,
+    serving,
     several,
     stops,
     swapping,
@@ -29,11 +30,12 @@ from lens.diagnosis.signatures import confirmed
 
 FAMILIES: tuple[type[Family], ...] = (
     cards.Cards, checkpoints.Saves, pauses.Pauses, experts.Experts, memory.Memory, balance.Balance, feeding.Feeding, learning.Learning,
-    stops.Stops, swapping.Swapping, bounds.Bounds,
+    stops.Stops, swapping.Swapping, bounds.Bounds, serving.Serving,
 )  # fmt: skip
 CAUSES: dict[str, Cause] = {
     **cards.CAUSES, **checkpoints.CAUSES, **pauses.CAUSES, **experts.CAUSES, **memory.CAUSES, **balance.CAUSES,
     **feeding.CAUSES, **learning.CAUSES, **stops.CAUSES, **swapping.CAUSES, **bounds.CAUSES,
+    **serving.CAUSES,
 }  # fmt: skip
 
 
@@ -86,7 +88,9 @@ class Judge:
         if place not in self._noticed:
             if not self._families:
                 self._families = [family.of(self.run) for family in FAMILIES]
-            found = [notice for family in self._families for notice in family.at(place)] if place >= 0 else []
+            # A server may have no steps at all; its requests are judged all the same.
+            able = [f for f in self._families if place >= 0 or isinstance(f, serving.Serving)]
+            found = [notice for family in able for notice in family.at(place)]
             self._noticed[place] = [n for n in found if not any(_brings(other, n, place) for other in found)]
         return self._noticed[place]
 

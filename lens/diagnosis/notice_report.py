@@ -19,11 +19,13 @@ def of_notice(examiner: Examiner, notice: Notice, index: int) -> list[Hypothesis
     ranks = [int(examiner.topology.ranks[row]) for row in notice.rows]
     end = index if notice.last is None else notice.last
     after = np.arange(notice.onset, max(end, notice.onset) + 1)
-    now = examiner.step_seconds(after)
+    timed = notice.onset >= 0
+    now = examiner.step_seconds(after) if timed else None
     fixed = now / notice.ratio if now is not None and notice.ratio else None
     lost = now - fixed if now is not None and fixed is not None else None
     component = notice.component or (examiner.topology.component(ranks) if ranks else None)
-    onset = int(steps[notice.onset])
+    onset = int(steps[notice.onset]) if timed else None
+    slower = notice.ratio or notice.requests
     words = {
         "ranks": report.named(ranks), "component": component or report.named(ranks), "onset": onset,
         "s": "s" if len(ranks) == 1 else "",
@@ -36,8 +38,8 @@ def of_notice(examiner: Examiner, notice: Notice, index: int) -> list[Hypothesis
         report.hypothesis(
             notice.cause, ranks,
             severity=cause.severity, component=component, confidence=report.probability(notice.confidence),
-            onset_step=onset, end_step=None if notice.last is None else int(steps[notice.last]),
-            slowdown_pct=report.rounded(100 * (notice.ratio - 1), 2) if notice.ratio else None,
+            onset_step=onset, end_step=None if notice.last is None or not timed else int(steps[notice.last]),
+            slowdown_pct=report.rounded(100 * (slower - 1), 2) if slower else None,
             lost_seconds_per_step=report.rounded(lost, 6),
             lost_device_hours=report.rounded(report.device_hours(lost, len(after), examiner), 6),
             evidence=[_shown(item, ranks) for item in notice.evidence],

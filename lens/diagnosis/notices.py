@@ -39,7 +39,8 @@ class Notice:
     rows: places of its ranks, () where it sits in no particular one. onset, last: step places; last None while it
     lasts. confidence: that cause and ranks are both right. ratio: step time over what it would be without, None where
     it costs no time or that is not known. said: what was seen, as the beginning of a sentence without its point.
-    rivals: other causes with what speaks against them.
+    rivals: other causes with what speaks against them. requests: time of requests (of their tokens, or until the first)
+    over what it would be without, where a run serves and its steps do not tell. onset is -1 in a run without steps.
     """
 
     cause: str
@@ -52,6 +53,7 @@ class Notice:
     ratio: float | None = None
     component: str | None = None
     rivals: tuple[tuple[str, str], ...] = ()
+    requests: float | None = None
 
 
 class Family(Protocol):

@@ -49,7 +49,7 @@ class ExpertLoad:
         layers, layer = np.unique(table["layer"][rows], return_inverse=True)
         routed = _sums(step * len(layers) + layer, flat, len(timeline) * len(layers))
         groups = [members for name, members in topology.members.items() if name.split("/")[0] == "ep"]
-        position = _positions(topology, experts, max((len(members) for members in groups), default=1))
+        position = positions(topology, experts, max((len(members) for members in groups), default=1))
         group, place = np.full((2, len(topology) + 1), -1, np.int64)
         for number, members in enumerate(groups):
             at = topology.row(np.array(members, np.int64))
@@ -69,7 +69,7 @@ class ExpertLoad:
         return tuple(np.flatnonzero(self.place == self.position[expert]).tolist())
 
 
-def _positions(topology: Topology, experts: int, group_size: int) -> Ints:
+def positions(topology: Topology, experts: int, group_size: int) -> Ints:
     """Owner of each expert as declared, else in equal blocks."""
     owner = topology.experts.get("owner")
     if isinstance(owner, list) and len(owner) == experts:
