@@ -8,8 +8,9 @@ DEV := $(VENV)/.installed-dev
 PROVE := $(VENV)/.installed-prove
 WORKERS ?= 2
 SAMPLES ?= 20000000
+SCALE ?= 1
 
-.PHONY: demo test check format chromium clean help prove-run prove-coverage prove-verdicts prove-delivery prove-store prove-api prove-selftest prove-attach
+.PHONY: demo test check format chromium clean help prove-run prove-coverage prove-verdicts prove-delivery prove-store prove-day prove-api prove-selftest prove-attach
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +44,9 @@ prove-store: $(DEV) ## the store, duckdb, sqlite, trackio, TensorBoard and wandb
 	@$(PYTHON) -m venv build/peers
 	@build/peers/bin/python -m pip install --disable-pip-version-check -q duckdb trackio tensorboard wandb numpy "setuptools<81"
 	@$(BIN)/python benchmarks/store.py --samples $(SAMPLES) --peers build/peers/bin/python --out docs/proofs/store.md $(ARGS)
+
+prove-day: $(DEV) ## a day of 1,024 ranks × 20 metrics × 0.1 Hz in minutes, and 1,000 agents at once: memory, disk, questions (SCALE=1)
+	@$(BIN)/python benchmarks/day.py --scale $(SCALE) --out docs/proofs/day.md $(ARGS)
 
 prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)

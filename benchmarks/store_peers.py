@@ -39,8 +39,8 @@ QUESTIONS = {
 }
 
 
-def columns(start: int, rows: int, ranks: int) -> dict[str, np.ndarray]:
-    """Rows [start, start + rows): all metrics of all ranks at step 0, then step 1, and so on."""
+def columns(start: int, rows: int, ranks: int, every_ns: int = 1_000_000_000) -> dict[str, np.ndarray]:
+    """Rows [start, start + rows): all metrics of all ranks at step 0, then step 1, and so on, `every_ns` apart."""
     row = np.arange(start, start + rows)
     step, place = np.divmod(row, ranks * METRICS)
     rank, metric = np.divmod(place, METRICS)
@@ -51,7 +51,7 @@ def columns(start: int, rows: int, ranks: int) -> dict[str, np.ndarray]:
     counter = (step * 1000 + rank * 17).astype("<f8")
     return {
         "metric": metric.astype("<i4"), "rank": rank.astype("<i4"), "step": step.astype("<i8"),
-        "t_ns": START + step * 1_000_000_000 + jitter, "value": np.where(metric % 2 == 0, gauge, counter),
+        "t_ns": START + step * every_ns + jitter, "value": np.where(metric % 2 == 0, gauge, counter),
     }  # fmt: skip
 
 

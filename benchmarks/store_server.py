@@ -25,9 +25,9 @@ RUN = "benchmark"
 SLOTS = "application/vnd.lens.slots"
 
 
-def body(start: int, rows: int, ranks: int) -> bytes:
+def body(start: int, rows: int, ranks: int, every_ns: int = 1_000_000_000) -> bytes:
     """As a request body: an Arrow IPC stream, zstd."""
-    found = columns(start, rows, ranks)
+    found = columns(start, rows, ranks, every_ns)
     names = pa.array([f"metric.{index:02d}" for index in range(METRICS)])
     found["metric"] = pa.DictionaryArray.from_arrays(pa.array(found["metric"]), names)
     table = pa.table(found)

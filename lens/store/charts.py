@@ -14,7 +14,7 @@ import numpy as np
 from lens.records import word
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError
-from lens.store.pooling import envelope, pooled
+from lens.store.pooling import by_cell, envelope, pooled
 from lens.store.registry import Registry
 from lens.store.relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
 from lens.store.runs import Run
@@ -28,6 +28,8 @@ _BUCKET = {"step": STEP_BUCKET, "time": TIME_BUCKET_NS}
 POOLS = ("max", "mean", "min")
 MOST_ROWS = 2_000_000
 """As many rows are read and grouped here; more are grouped by the database."""
+MOST_CELL_ROWS = 16_000_000
+"""The same of rows of a map by rank: eight bytes each."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,15 @@ class Charts:
             return self._columns(
                 _rollup_sql(relation, grid, axis, f"{row} AS row", f"r.{value} AS value, r.count AS finite")
             )
+        if row == "rank" and _is_small(relation, grid):
+            cell = f"toUInt32((rank + 1) * {grid.count} + intDiv({AXIS_COLUMN[axis]} - {grid.low}, {grid.width})) AS cell"
+            found = self._columns(
+                f"SELECT cell, toFloat32(value) AS value FROM ({_rows_sql(relation, grid, axis, f'rank, {cell}')})"
+            )
+            cells, values, finite = by_cell(found["cell"], found["value"], pool)
+            return {
+                "row": cells // grid.count - 1, "bucket": cells % grid.count, "value": values, "finite": finite
+            }  # fmt: skip
         if relation.rows is not None and relation.rows <= MOST_ROWS:
             found = self._columns(_rows_sql(relation, grid, axis, f"{row} AS row"))
             return {**found, "finite": np.isfinite(found["value"]).astype("<i8")}
@@ -218,6 +229,13 @@ class Charts:
 def _map_width(relation: Relation, axis: str) -> int | None:
     """A map of very many samples takes whole buckets of the roll-up even where that halves its columns."""
     return _BUCKET[axis] // 2 if relation.rows is not None and relation.rows > MOST_ROWS else None
+
+
+def _is_small(relation: Relation, grid: Grid) -> bool:
+    """Whether rows and cells of a map by rank fit in memory."""
+    if relation.rows is None or relation.top is None:
+        return False
+    return relation.rows <= MOST_CELL_ROWS and (relation.top + 2) * grid.count <= 4 * MOST_CELLS
 
 
 def _is_fine(extent: tuple[int, int], window: Window) -> bool:

@@ -79,6 +79,8 @@ class Relation:
     """What it is drawn over: step or time."""
     rows: int | None = None
     """How many rows it has, at most; None if that is not known."""
+    top: int | None = None
+    """The largest rank among them; None if that is not known."""
 
 
 def relation_of(
@@ -92,13 +94,13 @@ def relation_of(
     every = registry.series(run, selection.metric)
     chosen = [series for series in every if selection.takes(series)]
     if chosen:
-        extents, rows = _extents(store, run, selection, chosen)
+        extents, rows, top = _extents(store, run, selection, chosen)
         if axis is None:
             # Only where what is chosen has no step can others of the metric decide.
             is_time = extents and STEP_AXIS not in extents
             axis = natural_axis(store, registry, run, selection.metric) if is_time else "step"
         found = (
-            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis, rows=rows)
+            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis, rows=rows, top=top)
             if extents
             else _from_vectors(store, run, selection, chosen)
         )
@@ -134,13 +136,14 @@ def natural_axis(store: Store, registry: Registry, run: int, metric: str) -> str
 
 def _extents(
     store: Store, run: int, selection: Selection, chosen: list[Series]
-) -> tuple[dict[int, tuple[int, int]], int]:
-    """First and last bucket of the roll-up on each axis that the samples have, and how many samples there are."""
+) -> tuple[dict[int, tuple[int, int]], int, int]:
+    """First and last bucket of the roll-up on each axis that the samples have, how many there are, the largest rank."""
     found = store.query(
-        "SELECT axis, min(bucket) AS low, max(bucket) AS high, toInt64(sum(count + odd)) AS rows FROM lens.rollup "
+        "SELECT axis, min(bucket) AS low, max(bucket) AS high, toInt64(sum(count + odd)) AS rows, max(rank) AS top FROM lens.rollup "
         f"WHERE {_of_chosen(run, selection, chosen)} GROUP BY axis"
     ).to_pylist()
-    return {row["axis"]: (row["low"], row["high"]) for row in found}, sum(row["rows"] for row in found)
+    extents = {row["axis"]: (row["low"], row["high"]) for row in found}
+    return extents, sum(row["rows"] for row in found), max((row["top"] for row in found), default=-1)
 
 
 def _of_chosen(run: int, selection: Selection, chosen: list[Series]) -> str:
