@@ -1,7 +1,7 @@
 """Phases found without being marked: the root's forward, backward, the optimizer's step, the loader's wait.
 
-Of the two questions that torch offers these wrappers ask the cheaper one, ``is_dynamo_compiling``: what matters is
-that dynamo, tracing a wrapper, takes it for true.
+Where they can be kept unseen they do not ask whether torch compiles; where they must, it is the cheaper of torch's two
+questions, ``is_dynamo_compiling``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from lens.hooks.guard import StandIn
 from lens.hooks.timeline import Timeline
+from lens.hooks.unseen import unseen
 from lens.slots import NULL
 
 
@@ -34,7 +35,7 @@ class RootForward(StandIn):
         if self._compiling():
             return self._original(*args, **kwargs)
         timeline = self._timeline
-        if not timeline.enter(self._forward if self._training() else self._eval, NULL, True):
+        if not timeline.found(self._forward if self._training() else self._eval):
             return self._original(*args, **kwargs)
         result = self._original(*args, **kwargs)
         timeline.leave()
@@ -55,18 +56,8 @@ def watch_backward(timeline: Timeline) -> None:
     """Time ``torch.autograd.backward``, which ``Tensor.backward`` calls too."""
     import torch
 
-    compiling = torch.compiler.is_dynamo_compiling
-    backward = timeline.phase_id("backward")
     original = torch.autograd.backward
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not timeline.enter(backward, NULL, True):
-            return original(*args, **kwargs)
-        result = original(*args, **kwargs)
-        timeline.leave()
-        return result
-
+    wrapper = functools.update_wrapper(timeline.around(original, timeline.phase_id("backward")), original)
     timeline.part.patch(torch.autograd, "backward", wrapper)
 
 
@@ -92,25 +83,22 @@ def at_next_backward(action: Callable[[], None]) -> None:
 
 def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[], None]) -> None:
     """Time the optimizer's step by its own hooks; it ends a step where steps are not marked by hand."""
-    import torch
-
-    compiling = torch.compiler.is_dynamo_compiling
     name = timeline.phase_id("optimizer")
+    found, leave = timeline.found, timeline.leave
     began = False
 
     def before(*_: Any) -> None:
         nonlocal began
-        if not compiling():
-            began = timeline.enter(name, NULL, True)
+        began = found(name)
 
     def after(*_: Any) -> None:
-        if compiling():
-            return
         if began:
-            timeline.leave()
+            leave()
         if not timeline.steps_by_hand and timeline.here() and timeline.step != NULL:
             after_step()
 
+    for hook in (before, after):
+        unseen(hook, _nothing)
     for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
         timeline.part.at_end(handle.remove)
 
@@ -142,3 +130,7 @@ def timed_next(timeline: Timeline, fetch: Callable[[Any], Any], source: Any) -> 
         return batch
     finally:
         timeline.end_wait(arrived)
+
+
+def _nothing(*_: Any) -> None:
+    """What dynamo takes for a hook of ours."""

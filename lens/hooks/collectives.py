@@ -11,7 +11,6 @@ import inspect
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lens.hooks import groups
@@ -19,6 +18,7 @@ from lens.hooks.groups import Group, Kinds, Numbering
 from lens.hooks.guard import Part
 from lens.hooks.stand_in import stand_in
 from lens.hooks.timeline import Timeline
+from lens.hooks.unseen import unseen
 from lens.recorder import Recorder
 from lens.slots import NULL
 
@@ -141,11 +141,8 @@ class Collectives:
     def install(self) -> None:
         """Replace the functions that this torch has."""
         self._waits_patched = False
-        import torch
         import torch.distributed as dist
 
-        # The cheaper of torch's two questions, as in `automatic`.
-        compiling = torch.compiler.is_dynamo_compiling
         names = {
             "part": self.part,
             "timeline": self._timeline,
@@ -158,7 +155,6 @@ class Collectives:
             "main_thread": self._thread,
             "this_thread": _this_thread,
             "clock": _clock,
-            "compiling": compiling,
             "enter_elsewhere": self._enter_elsewhere,
             "leave_elsewhere": self._leave_elsewhere,
         }
@@ -169,7 +165,7 @@ class Collectives:
                 self.part.patch(dist, name, stand_in(original, name, place, kind.measure, names))
         for name, peer in POINT_TO_POINT.items():
             original = getattr(dist, name)
-            self.part.patch(dist, name, self._wrapped_pair(original, name, peer, compiling))
+            self.part.patch(dist, name, self._wrapped_pair(original, name, peer))
 
     def hand_over(self) -> Numbering | None:
         """Take the patches out, and tell what was counted of each group, by torch's name for it.
@@ -183,14 +179,14 @@ class Collectives:
         found = ((entry, entry.reference()) for entry in self._groups.values())
         return {group.group_name: entry.numbering() for entry, group in found if group is not None}
 
-    def _wrapped_pair(self, original: Any, op: str, peer_name: str, compiling: Callable[[], bool]) -> Any:
+    def _wrapped_pair(self, original: Any, op: str, peer_name: str) -> Any:
         """``send`` or ``recv``: the group is the pair, the number counts its messages."""
         part = self.part
         peer_at, group_at = _position(original, peer_name), _position(original, "group")
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if compiling() or not part.on:
+            if not part.on:
                 return original(*args, **kwargs)
             t0 = _clock()
             failed = entry = None
@@ -219,6 +215,7 @@ class Collectives:
                 part.fail(error)
             return result
 
+        unseen(wrapper, original)
         return wrapper
 
     def _pair(self, entry: Group, op: str, peer: int | None, tensor: Any, t0: int) -> _Flight:

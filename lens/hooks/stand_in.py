@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+from lens.hooks.unseen import unseen
 from lens.recorder import OPEN_COLLECTIVE_WORD as OPEN
 from lens.slots import COLLECTIVE, NULL
 
@@ -41,16 +42,17 @@ def stand_in(original: Any, name: str, place: int, measure: str, names: Mapping[
     exec(_compiled(_text(name, parameters, place, measure)), made)
     function: FunctionType = made[name]
     function.__defaults__ = declared.__defaults__
+    functools.update_wrapper(function, original)
     # torch.compile goes straight to the original, and there are no arguments then but those that were given.
-    vars(function)["_torchdynamo_inline"] = original
-    return functools.wraps(original)(function)
+    unseen(function, original)
+    return function
 
 
 def _text(name: str, parameters: str, place: int, measure: str) -> str:
     """The source. All parameters may be given by place and by name; one of them is called ``group``."""
     return f"""
         def {name}({parameters}):
-            if compiling() or not part.on:
+            if not part.on:
                 return original({parameters})
             t0 = clock()
             entry = failed = None

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 
 from lens.hooks import native
 from lens.hooks.guard import Part
+from lens.hooks.unseen import leave_alone, unseen
 from lens.recorder import CONTROL_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
 from lens.slots import NULL, PHASE
 
@@ -113,6 +114,7 @@ class Timeline:
         """When the last step ended."""
         self.last_step = NULL
         """The step that ended last."""
+        leave_alone(*vars(Timeline).values())
         self._recorder = recorder
         self.thread = _this_thread()
         """The thread that trains."""
@@ -264,6 +266,24 @@ class Timeline:
         except Exception as error:
             self.part.fail(error)
             return False
+
+    def found(self, name: int) -> bool:
+        """A phase found by itself begins, if it may; see `enter`."""
+        return self.enter(name, NULL, True)
+
+    def around(self, original: Callable[..., Any], phase: int) -> Callable[..., Any]:
+        """A function that calls the original in this phase, found by itself."""
+        found, leave = self.found, self.leave
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not found(phase):
+                return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            leave()
+            return result
+
+        unseen(wrapper, original)
+        return wrapper
 
     def leave(self) -> None:
         """The innermost phase ends and the one around it goes on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import json
 import os
@@ -95,6 +96,29 @@ def test_every_patch_is_undone(tier: str, watch: Watch, request: pytest.FixtureR
     train()
 
 
+def test_a_function_with_a_phase_around_it_still_looks_like_itself(
+    watch: Watch, timeline_library: None, recorded: Read
+) -> None:
+    original = torch.autograd.backward
+    watch(Net())
+    ours = torch.autograd.backward
+    assert ours is not original
+    assert (ours.__name__, ours.__module__, ours.__doc__) == (
+        original.__name__,
+        original.__module__,
+        original.__doc__,
+    )
+    assert inspect.signature(ours) == inspect.signature(original)
+    assert pickle.loads(pickle.dumps(ours)) is ours
+    assert copy.deepcopy(ours) is ours
+    weight = torch.ones(1, requires_grad=True)
+    with pytest.raises(RuntimeError), lens.step():
+        ours(tensors=weight.detach())
+    with lens.step():
+        ours(tensors=[weight * 2], retain_graph=False)
+    assert [phase["name"] for phase in recorded().phases] == ["backward"]
+
+
 def test_a_wrapper_kept_by_somebody_falls_through_afterwards(watch: Watch) -> None:
     watch()
     kept = torch.autograd.backward
@@ -141,6 +165,51 @@ def test_compiled_without_graph_breaks(watch: Watch) -> None:
     watch(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert float(compiled(torch.ones(2, 4))) == pytest.approx(float(model(torch.ones(2, 4))))
+
+
+def test_collectives_are_observed_without_boxing_their_arguments(watch: Watch, observer_library: None) -> None:
+    """Boxes cost more than all else that is done for a collective; a torch with other operators has to be learnt."""
+    watch()
+    for name in (
+        "allreduce_",
+        "_allgather_base_",
+        "_reduce_scatter_base_",
+        "alltoall_base_",
+        "broadcast_",
+        "barrier",
+    ):
+        dump = torch._C._dispatch_dump(f"c10d::{name}").splitlines()
+        (ours,) = [line for line in dump if line.startswith("CPU: lens")]
+        assert "unboxed" in ours, name
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_compiled_step_breaks_no_more_often(watch: Watch, native: bool, request: pytest.FixtureRequest) -> None:
+    if native:
+        request.getfixturevalue("timeline_library")
+    counters = torch._dynamo.utils.counters
+
+    def breaks(watched: bool) -> tuple[int, list[str]]:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if watched:
+            watch(model, optimizer, native=native)
+
+        def train(batch: torch.Tensor) -> torch.Tensor:
+            loss = model(batch)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        compiled = torch.compile(train, backend="eager")
+        losses = [compiled(torch.ones(2, 4)).item().hex() for _ in range(2)]
+        lens.detach()
+        return sum(counters["graph_break"].values()), losses
+
+    assert breaks(True) == breaks(False)
 
 
 def test_a_watched_model_that_is_let_go_of_is_collected(watch: Watch) -> None:

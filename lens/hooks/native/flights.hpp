@@ -94,7 +94,7 @@ class Session : public std::enable_shared_from_this<Session> {
  public:
   // Args: the folder of this process's rings, and the ring that Python writes, mapped.
   Session(std::string directory, std::unique_ptr<Mapping> main)
-      : directory_(std::move(directory)), main_(std::move(main)) {}
+      : main_words_(main->words), directory_(std::move(directory)), main_(std::move(main)) {}
 
   std::atomic<int64_t> unrecorded{0};
   std::atomic<int64_t> heard{0};  // news of groups so far
@@ -164,12 +164,12 @@ class Session : public std::enable_shared_from_this<Session> {
   }
 
   // Where the training is: its step, and the name of its phase.
-  void locate(Entry& entry) {
-    const int64_t* word = main_->words;
+  void locate(Entry& entry, Thread& mine) {
+    const int64_t* word = main_words_;
     entry.step = get(word + kStepWord) ? get(word + kStepWord + 1) : kNull;
     const size_t id = get(word + kPhaseWord) ? get(word + kPhaseWord + 1) : 0;
     if (!id) return;
-    entry.phase = id < Thread::kPhases ? here.phases[id] : nullptr;
+    entry.phase = id < Thread::kPhases ? mine.phases[id] : nullptr;
     if (entry.phase) return;
     std::lock_guard guard(lock);
     while (id >= phases_.size() && strings_read_ < get(word + kStringsUsedWord)) {
@@ -180,7 +180,7 @@ class Session : public std::enable_shared_from_this<Session> {
       strings_read_ += 4 + length;
     }
     entry.phase = id < phases_.size() ? phases_[id] : nullptr;
-    if (id < Thread::kPhases) here.phases[id] = entry.phase;
+    if (id < Thread::kPhases) mine.phases[id] = entry.phase;
   }
 
   void give_back(std::shared_ptr<Ring> ring) {
@@ -197,8 +197,7 @@ class Session : public std::enable_shared_from_this<Session> {
   }
 
   // A collective that its own call waits for: its ring is known to be there.
-  void enter(Call& call) {
-    Ring& own = *here.ring;
+  void enter(Ring& own, Call& call) {
     call.ids = own.intern(call.op) | own.intern(call.group) << 32;
     block(own, call, call.ids);
     own.expect();
@@ -431,6 +430,7 @@ class Session : public std::enable_shared_from_this<Session> {
     }
   }
 
+  const int64_t* const main_words_;
   const std::string directory_;
   std::unique_ptr<Mapping> main_;
   std::unordered_map<std::string, std::shared_ptr<Group>> groups_;

@@ -25,16 +25,16 @@ struct Pair {
 
 // A process group, as Python has told of it.
 struct Group {
+  // What every collective asks for stands in one line of memory, and is used without the session's lock:
   std::atomic<const std::string*> name{nullptr};  // null: not told of yet
-  std::vector<int64_t> ranks;         // global, in the order of ranks in the group
-  const std::string* labels = nullptr;
-  // What is used without the session's lock:
-  std::atomic<bool> asked{false}, numbered{false};
   std::atomic<int64_t> offset{1};   // backend's number of the last collective + offset = number of the next
   std::atomic<int64_t> counted{0};  // number of the last collective that we have given one
   std::atomic<int> as_expected{0};  // times in a row that the backend has agreed
   std::atomic<int> wanted{kAskedFirst};
+  std::atomic<bool> asked{false}, numbered{false};
   // And what is not:
+  const std::string* labels = nullptr;
+  std::vector<int64_t> ranks;  // global, in the order of ranks in the group
   std::map<std::pair<int64_t, int64_t>, Pair> pairs;  // messages, by global source and target
   std::vector<double> given;                          // bytes of all-to-alls in a step, by rank in the group
   int64_t given_step = kNull;

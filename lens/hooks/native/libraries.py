@@ -49,7 +49,10 @@ LIBRARIES = {
     for library in (
         Library(
             "observer",
-            ("observer.cpp", "flights.hpp", "groups.hpp", "operators.hpp", "ring.hpp", "told.hpp"),
+            (
+                "observer.cpp",
+                *("observed.hpp", "flights.hpp", "groups.hpp", "operators.hpp", "ring.hpp", "told.hpp"),
+            ),
             True,
             "collectives of every caller are seen",
             "collectives of DDP, FSDP2, DTensor and functional ones are not seen",

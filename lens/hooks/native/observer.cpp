@@ -7,343 +7,10 @@
 #include <pthread.h>
 #include <pybind11/detail/common.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <torch/csrc/distributed/c10d/Work.hpp>
-
-#include "flights.hpp"
-#include "operators.hpp"
+#include "observed.hpp"
 
 namespace lens {
 namespace {
-
-using torch::jit::Stack;
-
-// The session that records; null while nothing is wrapped, and in forked children. Never destroyed: threads of torch
-// may outlive static objects.
-std::shared_ptr<Session>& slot() {
-  static auto* session = new std::shared_ptr<Session>();
-  return *session;
-}
-std::atomic<const Session*> recording{nullptr};  // the same, to compare with
-
-std::shared_ptr<Session> current() { return std::atomic_load(&slot()); }
-
-void record_with(std::shared_ptr<Session> session) {
-  recording = session.get();
-  std::atomic_store(&slot(), std::move(session));
-}
-
-// The session that records, joined by this thread. A thread keeps the one it has joined, so that as a rule nothing
-// shared is written here.
-std::shared_ptr<Session> joined() {
-  const Session* wanted = recording.load(std::memory_order_acquire);
-  if (!wanted) return nullptr;
-  if (here.session.get() == wanted) return here.session;
-  auto session = current();
-  if (session) session->join();
-  return session;
-}
-
-// The kernel in place of an operator's own: notes entry and end around it.
-class Observed final : public c10::OperatorKernel {
- public:
-  Observed(const Operator& spec, size_t place, const c10::FunctionSchema& schema, c10::DispatchKey key)
-      : spec_(spec),
-        record_(spec.record),
-        place_(place),
-        on_cpu_(key == c10::DispatchKey::CPU),
-        completes_(on_cpu_ && !*spec.peer) {
-    auto index = [&](const char* name) {
-      auto found = *name ? schema.argumentIndexWithName(name) : std::nullopt;
-      return found ? *found : -1;
-    };
-    count_ = schema.arguments().size();
-    group_ = index("process_group");
-    input_ = index(spec.input);
-    output_ = index(spec.output);
-    peer_ = index(spec.peer);
-    async_ = index("async_op");
-    splits_ = index("input_split_sizes");
-    is_message_ = std::string(spec.record) == "send" || std::string(spec.record) == "recv";
-    if (is_message_) completes_ = false;
-    gives_ = splits_ >= 0 || spec.name == std::string("alltoall_");
-  }
-
-  std::shared_ptr<c10::SafeKernelFunction> kernel;
-
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    const auto session = joined();
-    if (!session) return std::atomic_load(&kernel)->callBoxed(op, keys, stack);
-    const int64_t t0 = now();
-    const auto& original = *static_cast<const c10::SafeKernelFunction*>(session->kernels[place_].get());
-    const c10::IValue* arguments = stack->data() + stack->size() - count_;
-    const bool is_async = async_ >= 0 ? arguments[async_].toBool() : is_message_;
-    if (!is_async && !is_message_ && here.ring && !here.scope)
-      return call(*session, original, op, keys, stack, t0);
-    c10::intrusive_ptr<c10d::ProcessGroup> group;
-    FlightPtr flight;
-    try {
-      group = arguments[group_].toCustomClass<c10d::ProcessGroup>();
-      flight = enter(*session, *group, arguments, is_async, t0);
-    } catch (...) {
-      ++session->unrecorded;
-    }
-    const int64_t before = now();
-    try {
-      original.callBoxed(op, keys, stack);
-    } catch (...) {
-      if (flight) session->drop(*flight);
-      throw;
-    }
-    const int64_t after = now();
-    if (flight) {
-      try {
-        leave(session, *group, flight, result_of(stack), after);
-      } catch (...) {
-        ++session->unrecorded;
-      }
-    }
-    told.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
-  }
-
- private:
-  // One that its own call waits for. The call and its wait are one thread's, one after the other.
-  void call(Session& session, const c10::SafeKernelFunction& original, const c10::OperatorHandle& op,
-            c10::DispatchKeySet keys, Stack* stack, int64_t t0) {
-    if (here.call.t0) session.leave_behind(here.call);
-    Call entered;
-    std::shared_ptr<Group> group;
-    try {
-      const c10::IValue* arguments = stack->data() + stack->size() - count_;
-      const auto& process_group = arguments[group_].toCustomClass<c10d::ProcessGroup>();
-      entered.t0 = t0;
-      entered.is_async = false;
-      entered.completes = on_cpu_;
-      measure(entered, arguments);
-      session.locate(entered);
-      group = group_of(session, *process_group);
-      entered.group = group->name;
-      entered.number = group->next([&] { return process_group->getSequenceNumberForGroup(); });
-      if (gives_) add_given(session, *group, entered, arguments);
-      session.enter(entered);
-    } catch (...) {
-      entered.t0 = 0;
-      ++session.unrecorded;
-    }
-    const int64_t before = now();
-    try {
-      original.callBoxed(op, keys, stack);
-    } catch (...) {
-      if (entered.t0) {
-        group->take_back();
-        session.unblock(now());
-      }
-      throw;
-    }
-    if (!entered.t0) return;
-    const int64_t after = now();
-    entered.t_return = after;
-    entered.work = work_of(result_of(stack)).get();
-    if (entered.work && here.ring && here.session.get() == &session)
-      here.call = entered;
-    else if (!entered.work && here.session.get() == &session)
-      session.land(entered, after);  // the backend has waited itself
-    told.spent.fetch_add(before - t0 + now() - after, std::memory_order_relaxed);
-  }
-
-  FlightPtr enter(Session& session, c10d::ProcessGroup& process_group, const c10::IValue* arguments, bool is_async,
-                  int64_t t0) {
-    auto flight = std::make_shared<Flight>();
-    flight->t0 = t0;
-    flight->is_message = is_message_;
-    flight->is_async = is_async;
-    measure(*flight, arguments);
-    if (is_async && output_ >= 0)
-      each_tensor(arguments[output_], [&](const at::Tensor& tensor) { flight->results.push_back(storage_of(tensor)); });
-    session.locate(*flight);
-    const std::shared_ptr<Group> group = group_of(session, process_group);
-    if (is_message_) {
-      const int64_t own_rank = process_group.getRank();
-      flight->own_before = own_number(*group, process_group);
-      number_message(session, *group, own_rank, *flight, arguments);
-    } else {
-      flight->group = group->name;
-      flight->number = group->next([&] { return process_group.getSequenceNumberForGroup(); });
-      if (gives_) add_given(session, *group, *flight, arguments);
-    }
-    session.enter(*flight);
-    return flight;
-  }
-
-  void measure(Entry& entry, const c10::IValue* arguments) const {
-    entry.op = &record_;
-    if (input_ < 0) return;
-    each_tensor(arguments[input_], [&](const at::Tensor& tensor) {
-      if (!entry.dtype) entry.dtype = dtype_name(tensor.scalar_type());
-      entry.size += tensor.nbytes();
-    });
-  }
-
-  static std::shared_ptr<Group> group_of(Session& session, const c10d::ProcessGroup& process_group) {
-    const int64_t heard = session.heard.load(std::memory_order_acquire);
-    for (const Thread::Known& known : here.known)
-      if (known.process_group == &process_group && known.heard == heard) return known.group;
-    // Asked before the lock is taken: a process group written in Python takes the GIL to answer.
-    const std::string own_name = process_group.getGroupName();
-    std::lock_guard guard(session.lock);
-    auto group = session.group(own_name);
-    if (group->name) here.known[here.next_known++ % Thread::kGroups] = {&process_group, group, heard};
-    return group;
-  }
-
-  static c10::IValue result_of(Stack* stack) { return stack->empty() ? c10::IValue() : stack->back(); }
-
-  static c10::intrusive_ptr<c10d::Work> work_of(const c10::IValue& result) {
-    return result.isCustomClass() ? result.toCustomClass<c10d::Work>() : nullptr;
-  }
-
-  void leave(const std::shared_ptr<Session>& session, c10d::ProcessGroup& process_group, const FlightPtr& flight,
-             const c10::IValue& result, int64_t after) {
-    flight->t_return = after;
-    if (is_message_) {
-      // Where the backend numbers messages too, they must not shift the numbers of collectives.
-      const std::shared_ptr<Group> group = group_of(*session, process_group);
-      group->offset -= own_number(*group, process_group) - flight->own_before;
-    }
-    const auto work = work_of(result);
-    if (!work) {
-      flight->is_async = false;  // the backend has waited itself
-      session->land(*flight, after);
-      return;
-    }
-    flight->work = work.get();
-    if (flight->is_async) {
-      session->unblock(after);
-      watch_backward(session, *flight);
-    }
-    watch_completion(*work, flight);
-    session->park(flight);
-  }
-
-  static int64_t own_number(Group& group, c10d::ProcessGroup& process_group) {
-    if (group.asked && !group.numbered) return 0;
-    try {
-      const int64_t number = process_group.getSequenceNumberForGroup();
-      group.asked = group.numbered = true;
-      return number;
-    } catch (...) {
-      // Backends without numbers say so in several ways; all of them mean: count ourselves.
-      group.asked = true;
-      group.numbered = false;
-      return 0;
-    }
-  }
-
-  void number_message(Session& session, Group& group, int64_t own_rank, Flight& flight,
-                      const c10::IValue* arguments) {
-    std::lock_guard guard(session.lock);
-    auto global = [&](int64_t rank) {
-      return rank >= 0 && rank < static_cast<int64_t>(group.ranks.size()) ? group.ranks[rank] : -1;
-    };
-    const int64_t own = global(own_rank);
-    const int64_t peer = peer_ >= 0 ? global(arguments[peer_].toInt()) : -1;
-    const bool sends = *spec_.peer == 'd';
-    Pair& pair = sends ? session.pair(group, own, peer) : session.pair(group, peer, own);
-    flight.group = pair.name;
-    flight.peer = peer;
-    // From anyone: the sender is not known before, and so neither is the number.
-    flight.number = peer >= 0 ? ++pair.count : kNull;
-  }
-
-  void add_given(Session& session, Group& group, const Entry& flight, const c10::IValue* arguments) {
-    std::lock_guard guard(session.lock);
-    const size_t members = group.ranks.size();
-    if (!members) return;
-    std::vector<double> given(members, 0.0);
-    if (splits_ < 0) {
-      size_t place = 0;
-      each_tensor(arguments[input_], [&](const at::Tensor& tensor) {
-        if (place < members) given[place++] = tensor.nbytes();
-      });
-    } else {
-      const auto splits = arguments[splits_].toIntVector();
-      const at::Tensor& input = arguments[input_].toTensor();
-      const double row = input.dim() && input.size(0) ? double(flight.size) / input.size(0) : 0;
-      for (size_t place = 0; place < members; ++place)
-        given[place] = splits.empty() ? double(flight.size) / members : place < splits.size() ? splits[place] * row : 0;
-    }
-    if (group.given.size() != members || group.given_step != flight.step) group.given.assign(members, 0.0);
-    group.given_step = flight.step;
-    session.gave = told.waiting = true;
-    for (size_t place = 0; place < members; ++place) group.given[place] += given[place];
-  }
-
-  // Only where it costs no work of a device: a callback on a card's future would occupy a stream.
-  void watch_completion(c10d::Work& work, const FlightPtr& flight) {
-    if (!completes_) return;
-    try {
-      auto future = work.getFuture();
-      if (!future) return;
-      if (flight->graph_task >= 0) flight->completed = [future] { return future->completed(); };
-      future->addCallback([flight](c10::ivalue::Future&) { flight->complete(now()); }, /*uses_future=*/false);
-    } catch (...) {
-      completes_ = false;  // this backend has none for this operator: asking costs more than all the rest
-    }
-  }
-
-  // DDP's reducer waits in C++, when the backward pass has computed: that time is taken by the pass's own callbacks.
-  static void watch_backward(const std::shared_ptr<Session>& session, Flight& flight) {
-    const int task = torch::autograd::get_current_graph_task_id();
-    flight.graph_task = task;
-    if (task < 0 || here.graph_task == task) return;
-    here.graph_task = task;
-    std::weak_ptr<Session> known = session;
-    auto mark = [known, task](bool left) {
-      if (auto found = known.lock()) found->mark_backward(task, now(), left);
-    };
-    torch::autograd::Engine::get_default_engine().queue_callback([mark] {
-      mark(false);
-      // Stands behind what others have queued for the end of the pass, so it comes when they have waited.
-      torch::autograd::Engine::get_default_engine().queue_callback([mark] { mark(true); });
-    });
-  }
-
-  const Operator& spec_;
-  const std::string record_;
-  const size_t place_;  // among those that are wrapped
-  const bool on_cpu_;
-  int count_, group_, input_, output_, peer_, async_, splits_;
-  bool is_message_, gives_;
-  std::atomic<bool> completes_;
-};
-
-// `wait_tensor`: how functional collectives and DTensor wait.
-class ObservedWait final : public c10::OperatorKernel {
- public:
-  std::shared_ptr<c10::SafeKernelFunction> kernel;
-
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    auto original = std::atomic_load(&kernel);
-    auto session = joined();
-    FlightPtr flight;
-    const int64_t t_wait = now();
-    if (session && stack->back().isTensor()) {
-      const void* storage = storage_of(stack->back().toTensor());
-      flight = session->claim([&](const Flight& each) {
-        return std::find(each.results.begin(), each.results.end(), storage) != each.results.end();
-      });
-      if (flight) session->begin_wait(*flight, t_wait);
-    }
-    const int64_t before = now();
-    original->callBoxed(op, keys, stack);
-    if (!flight) return;
-    const int64_t t1 = now();
-    session->land(*flight, t1);
-    told.spent.fetch_add(before - t_wait + now() - t1, std::memory_order_relaxed);
-  }
-};
 
 // --- wrapping and unwrapping ------------------------------------------------------------------------------------
 
@@ -351,18 +18,66 @@ struct Wrapped {
   c10::OperatorName name;
   c10::DispatchKey key;
   c10::KernelFunction replacement;  // keeps the kernel object alive for threads that are in it, whatever is undone
-  std::shared_ptr<c10::SafeKernelFunction>* original;
+  std::shared_ptr<const c10::KernelFunction>* original;
 };
 
 struct Silent final : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
+using Tensors = at::TensorList;
+using Lists = const std::vector<std::vector<at::Tensor>>&;
+using Members = const c10::intrusive_ptr<c10d::ProcessGroup>&;
+using Reduction = const c10::intrusive_ptr<c10d::ReduceOp>&;
+template <typename Results>
+using With = std::tuple<Results, WorkPtr>;
+using Several = std::vector<at::Tensor>;
+
+using Make = std::optional<Wrapped> (*)(const c10::OperatorHandle&, c10::DispatchKey, const Operator&, size_t);
+
+// Nothing where the operator's arguments are others than these.
+template <typename Signature, int Input, int Output, int Splits = -1>
+std::optional<Wrapped> typed(const c10::OperatorHandle& op, c10::DispatchKey key, const Operator& spec, size_t place) {
+  using Kernel = Typed<Signature, Input, Output, Splits>;
+  try {
+    op.typed<Signature>();
+  } catch (const c10::Error&) {
+    return std::nullopt;
+  }
+  auto kernel = std::make_unique<Kernel>(spec, place, op, key);
+  if (!kernel->fits()) return std::nullopt;
+  auto* original = &kernel->kernel;
+  auto replacement = c10::KernelFunction::makeFromUnboxedFunctor<false, Kernel>(std::move(kernel));
+  return Wrapped{op.operator_name(), key, std::move(replacement), original};
+}
+
+// The types of what is called in every step, with the places of input and output, as `ProcessGroup` calls them.
+constexpr std::pair<const char*, Make> kTyped[] = {
+    {"allreduce_", typed<With<Several>(Tensors, Members, Reduction, const std::optional<at::Tensor>&, bool, int64_t), 0, 0>},
+    {"broadcast_", typed<With<Several>(Tensors, Members, int64_t, int64_t, bool, int64_t), 0, 0>},
+    {"reduce_", typed<WorkPtr(Tensors, Members, Reduction, int64_t, int64_t, bool, int64_t), 0, 0>},
+    {"allgather_", typed<With<std::vector<Several>>(Lists, Tensors, Members, bool, int64_t), 1, 0>},
+    {"_allgather_base_", typed<With<at::Tensor>(at::Tensor&, at::Tensor&, Members, bool, int64_t), 1, 0>},
+    {"reduce_scatter_", typed<With<Several>(const Tensors&, Lists, Members, Reduction, bool, int64_t), 1, 0>},
+    {"_reduce_scatter_base_", typed<With<at::Tensor>(at::Tensor&, at::Tensor&, Members, Reduction, bool, int64_t), 1, 0>},
+    {"alltoall_", typed<With<Several>(const Tensors&, const Tensors&, Members, bool, int64_t), 1, 0>},
+    {"alltoall_base_", typed<WorkPtr(at::Tensor&, at::Tensor&, Members, std::vector<int64_t>, std::vector<int64_t>, bool, int64_t), 1, 0, 4>},
+    {"barrier", typed<WorkPtr(at::Tensor, Members, const std::vector<int64_t>&, bool, int64_t), -1, -1>},
+};
+
 template <typename Kernel, typename... Arguments>
-Wrapped wrapped(const c10::OperatorName& name, c10::DispatchKey key, Arguments&&... arguments) {
+Wrapped boxed(const c10::OperatorName& name, c10::DispatchKey key, Arguments&&... arguments) {
   auto kernel = std::make_unique<Kernel>(std::forward<Arguments>(arguments)...);
   auto* original = &kernel->kernel;
   return {name, key, c10::KernelFunction::makeFromBoxedFunctor(std::move(kernel)), original};
+}
+
+Wrapped wrapped(const c10::OperatorHandle& op, c10::DispatchKey key, const Operator& spec, size_t place) {
+  for (auto [name, make] : kTyped) {
+    if (std::strcmp(name, spec.name)) continue;
+    if (auto made = make(op, key, spec, place)) return std::move(*made);
+  }
+  return boxed<Boxed>(op.operator_name(), key, spec, place, op, key);
 }
 
 std::vector<Wrapped>& all_wrapped() {
@@ -373,10 +88,10 @@ std::vector<Wrapped>& all_wrapped() {
       for (const Operator& spec : kOperators) {
         auto op = dispatcher.findSchema({std::string("c10d::") + spec.name, ""});
         if (!op || !op->hasKernelForDispatchKey(key) || !op->schema().argumentIndexWithName("process_group")) continue;
-        made->push_back(wrapped<Observed>(op->operator_name(), key, spec, made->size(), op->schema(), key));
+        made->push_back(wrapped(*op, key, spec, made->size()));
       }
       auto wait = dispatcher.findSchema({"_c10d_functional::wait_tensor", ""});
-      if (wait) made->push_back(wrapped<ObservedWait>(wait->operator_name(), key));
+      if (wait) made->push_back(boxed<ObservedWait>(wait->operator_name(), key));
     }
     return made;
   }();
@@ -401,7 +116,8 @@ void wrap(std::shared_ptr<Session> session) {
   for (Wrapped& each : all_wrapped()) {
     auto op = dispatcher.findSchema(each.name);
     if (!op) continue;
-    auto original = std::make_shared<c10::SafeKernelFunction>(op->getComputedKernelForDispatchKey(each.key));
+    const auto held = op->getComputedKernelForDispatchKey(each.key);
+    auto original = std::make_shared<const c10::KernelFunction>(kernel_of(held));
     session->kernels[&each - all_wrapped().data()] = original;
     std::atomic_store(each.original, std::move(original));
     registrations().push_back(
@@ -571,14 +287,16 @@ PyObject* call_original_wait(PyObject* self, PyObject* const* given, Py_ssize_t 
 
 // `Work.wait`
 PyObject* wait(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names) {
-  const auto session = joined();
+  Thread& mine = here;
+  const auto session = joined(mine);
   if (!session) return call_original_wait(self, given, count, names);
   const void* work = address_of(self);
-  if (here.call.t0 && here.call.work == work) {
-    Call call = std::exchange(here.call, {});
+  if (mine.call.t0 && mine.call.work == work) {
+    Call call = mine.call;
+    mine.call.t0 = 0;
     PyObject* result = call_original_wait(self, given, count, names);
     const int64_t t1 = now();
-    if (here.session != session || !here.ring) return result;
+    if (mine.session != session || !mine.ring) return result;
     if (!result) return session->leave_open(call), nullptr;
     session->land(call, t1);
     told.spent.fetch_add(now() - t1, std::memory_order_relaxed);

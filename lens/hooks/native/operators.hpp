@@ -63,9 +63,24 @@ inline const std::string* dtype_name(c10::ScalarType type) {
 }
 
 template <typename Use>
+void each_tensor(const at::Tensor& tensor, Use&& use) {
+  if (tensor.defined()) use(tensor);
+}
+
+template <typename Use>
+void each_tensor(at::TensorList tensors, Use&& use) {
+  for (const at::Tensor& tensor : tensors) each_tensor(tensor, use);
+}
+
+template <typename Use>
+void each_tensor(const std::vector<std::vector<at::Tensor>>& lists, Use&& use) {
+  for (const auto& list : lists) each_tensor(at::TensorList(list), use);
+}
+
+template <typename Use>
 void each_tensor(const c10::IValue& value, Use&& use) {
   if (value.isTensor()) {
-    if (value.toTensor().defined()) use(value.toTensor());
+    each_tensor(value.toTensor(), use);
   } else if (value.isList()) {
     for (const c10::IValue& item : value.toListRef()) each_tensor(item, use);
   }

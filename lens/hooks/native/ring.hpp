@@ -85,12 +85,13 @@ class Ring {
 
   // The id of a text that lives as long as the ring, by its address; 0 when the table is full.
   int64_t intern(const std::string* text) {
-    if (!text || text->empty()) return 0;
-    // A table of few lines of memory in front of the large one.
-    Recent& recent = recent_[reinterpret_cast<uintptr_t>(text) / sizeof(std::string) % kRecent];
-    if (recent.text == text) return recent.id;
-    recent = {text, find(text)};
-    return recent.id;
+    if (!text) return 0;
+    // Few lines of memory in front of the large table. Those that are met together came together.
+    for (size_t place = 0; place < kRecent; ++place)
+      if (recent_[place] == text) return recent_ids_[place];
+    const size_t place = next_recent_++ % kRecent;
+    recent_[place] = text;
+    return recent_ids_[place] = text->empty() ? 0 : find(text);
   }
 
   // The next slot, begun; `finish` makes it whole.
@@ -140,11 +141,7 @@ class Ring {
   }
 
  private:
-  static constexpr size_t kRecent = 32;
-  struct Recent {
-    const std::string* text;
-    int64_t id;
-  };
+  static constexpr size_t kRecent = 24;
 
   int64_t find(const std::string* text) {
     auto found = ids_.find(text);
@@ -183,8 +180,9 @@ class Ring {
   std::unique_ptr<Mapping> mapping_;
   int64_t* words_;
   int64_t mask_, next_ = 1, used_ = 0;
-  Recent recent_[kRecent] = {};
-  unsigned next_place_ = 0;
+  const std::string* recent_[kRecent] = {};
+  uint32_t recent_ids_[kRecent] = {};
+  unsigned next_recent_ = 0, next_place_ = 0;
   pid_t pid_ = getpid();
   std::unordered_map<const std::string*, int64_t> ids_;
   std::unordered_map<std::string, int64_t> texts_;

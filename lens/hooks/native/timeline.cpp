@@ -23,6 +23,12 @@ PyObject* method_enter(Timeline* self, PyObject* const* arguments, Py_ssize_t co
   return PyBool_FromLong(enter(self, name, micro_batch, count > 2 && arguments[2] == Py_True));
 }
 
+PyObject* method_found(Timeline* self, PyObject* name) {
+  long long identity = 0;
+  if (!as_word(name, identity)) return nullptr;
+  return PyBool_FromLong(enter(self, identity, kNull, true));
+}
+
 PyObject* method_leave(Timeline* self, PyObject*) {
   leave(self);
   Py_RETURN_NONE;
@@ -210,12 +216,92 @@ PyTypeObject kStep = [] {
   return type;
 }();
 
+// --- a function with a phase around it --------------------------------------------------------------------------------
+
+struct Around {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject *timeline, *original, *dict;  // dict: what `functools.update_wrapper` says of the original
+  long long phase;
+};
+
+PyObject* around_call(PyObject* object, PyObject* const* arguments, size_t count, PyObject* names) {
+  auto* self = reinterpret_cast<Around*>(object);
+  auto* timeline = reinterpret_cast<Timeline*>(self->timeline);
+  const bool began = enter(timeline, self->phase, kNull, true);
+  PyObject* result = PyObject_Vectorcall(self->original, arguments, count, names);
+  if (began && result) leave(timeline);
+  return result;
+}
+
+int around_traverse(Around* self, visitproc visit, void* arg) {
+  Py_VISIT(self->timeline);
+  Py_VISIT(self->original);
+  Py_VISIT(self->dict);
+  return 0;
+}
+
+void around_dealloc(Around* self) {
+  PyObject_GC_UnTrack(self);
+  Py_CLEAR(self->timeline);
+  Py_CLEAR(self->original);
+  Py_CLEAR(self->dict);
+  PyObject_GC_Del(self);
+}
+
+// It is found where its original was, by the name that it has.
+PyObject* around_reduce(Around* self, PyObject*) {
+  return PyObject_GetAttrString(reinterpret_cast<PyObject*>(self), "__qualname__");
+}
+
+PyMethodDef kAroundMethods[] = {
+    {"__reduce__", reinterpret_cast<PyCFunction>(around_reduce), METH_NOARGS, nullptr},
+    {},
+};
+
+PyGetSetDef kAroundAttributes[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr, nullptr},
+    {},
+};
+
+PyTypeObject kAround = [] {
+  PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+  type.tp_name = "lens_timeline.Around";
+  type.tp_basicsize = sizeof(Around);
+  type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION;
+  type.tp_doc = "See lens.hooks.timeline.Timeline.around.";
+  type.tp_dealloc = reinterpret_cast<destructor>(around_dealloc);
+  type.tp_traverse = reinterpret_cast<traverseproc>(around_traverse);
+  type.tp_vectorcall_offset = offsetof(Around, call);
+  type.tp_call = PyVectorcall_Call;
+  type.tp_dictoffset = offsetof(Around, dict);
+  type.tp_methods = kAroundMethods;
+  type.tp_getset = kAroundAttributes;
+  return type;
+}();
+
+PyObject* method_around(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
+  long long phase = 0;
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "around(original, phase)");
+  if (!as_word(arguments[1], phase)) return nullptr;
+  Around* made = PyObject_GC_New(Around, &kAround);
+  if (!made) return nullptr;
+  made->call = around_call;
+  made->timeline = Py_NewRef(reinterpret_cast<PyObject*>(self));
+  made->original = Py_NewRef(arguments[0]);
+  made->dict = nullptr;
+  made->phase = phase;
+  PyObject_GC_Track(made);
+  return reinterpret_cast<PyObject*>(made);
+}
+
 // --- the types ----------------------------------------------------------------------------------------------------
 
 PyMethodDef kMethods[] = {
     {"abandon", reinterpret_cast<PyCFunction>(method_abandon), METH_NOARGS, nullptr},
     {"abandon_step", reinterpret_cast<PyCFunction>(method_abandon_step), METH_NOARGS, nullptr},
     {"all_spent", reinterpret_cast<PyCFunction>(method_all_spent), METH_NOARGS, nullptr},
+    {"around", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_around)), METH_FASTCALL, nullptr},
     {"arrive", reinterpret_cast<PyCFunction>(method_arrive), METH_NOARGS, nullptr},
     {"begin_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_begin_step)), METH_FASTCALL, nullptr},
     {"begin_wait", reinterpret_cast<PyCFunction>(method_begin_wait), METH_NOARGS, nullptr},
@@ -223,6 +309,7 @@ PyMethodDef kMethods[] = {
     {"end_step", reinterpret_cast<PyCFunction>(method_end_step), METH_NOARGS, nullptr},
     {"end_wait", reinterpret_cast<PyCFunction>(method_end_wait), METH_O, nullptr},
     {"enter", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_enter)), METH_FASTCALL, nullptr},
+    {"found", reinterpret_cast<PyCFunction>(method_found), METH_O, nullptr},
     {"hear", reinterpret_cast<PyCFunction>(method_hear), METH_O, nullptr},
     {"here", reinterpret_cast<PyCFunction>(method_here), METH_NOARGS, nullptr},
     {"leave", reinterpret_cast<PyCFunction>(method_leave), METH_NOARGS, nullptr},
@@ -357,7 +444,9 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "lens_timeline", nullptr, -1};
 }  // namespace lens
 
 PyMODINIT_FUNC PyInit_lens_timeline() {
-  if (PyType_Ready(&lens::kTimeline) < 0 || PyType_Ready(&lens::kStep) < 0) return nullptr;
+  if (PyType_Ready(&lens::kTimeline) < 0 || PyType_Ready(&lens::kStep) < 0 ||
+      PyType_Ready(&lens::kAround) < 0)
+    return nullptr;
   PyObject* module = PyModule_Create(&lens::kModule);
   if (module && PyModule_AddObjectRef(module, "Timeline", reinterpret_cast<PyObject*>(&lens::kTimeline)) < 0)
     Py_CLEAR(module);

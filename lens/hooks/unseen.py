@@ -1,0 +1,34 @@
+"""Keeping functions of ours out of what torch.compile traces.
+
+Asking in each of them whether torch compiles would be one more function met with cold caches, at every call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+
+def unseen(function: Any, instead: Callable[..., Any]) -> None:
+    """Let dynamo trace `instead` where it meets this function, and leave it alone where it runs by itself."""
+    vars(function)["_torchdynamo_inline"] = instead
+    leave_alone(function)
+
+
+def leave_alone(*functions: Any) -> None:
+    """Let dynamo compile none of these when they are called from what it has given up on.
+
+    In a torch that has no such switch it tries to, gives up, and runs them as they are.
+    """
+    torch: Any = sys.modules.get("torch")
+    try:
+        switch = torch._C._dynamo.eval_frame
+        alone = switch._FrameExecStrategy(switch._FrameAction.SKIP, switch._FrameAction.DEFAULT)
+        choose = switch.set_code_exec_strategy
+    except AttributeError:
+        return
+    for function in functions:
+        if isinstance(function, FunctionType):
+            choose(function.__code__, alone)
