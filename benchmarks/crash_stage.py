@@ -249,12 +249,12 @@ class Stage:
             doubled=sum(found.values()) - len(found),
             wrong=sum(row not in may_be for row in found),
             waiting=waiting,
-            counted=overwritten + _total(tables, "lens.collector.dropped"),
-            damaged=_total(tables, "lens.spool.corrupt"),
+            counted=overwritten + total(tables, "lens.collector.dropped"),
+            damaged=total(tables, "lens.spool.corrupt"),
         )
 
 
-def _total(tables: Any, metric: str) -> int:
+def total(tables: Any, metric: str) -> int:
     """All that a counter has counted; a decrease is a beginning anew."""
     rows = tables.select("samples", tables.samples["metric"] == tables.code(metric))
     values = [value for _, value in sorted(zip(rows["t_ns"].tolist(), rows["value"].tolist(), strict=True))]

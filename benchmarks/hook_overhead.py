@@ -2,28 +2,26 @@
 
 A real training step of about 20 ms, one thread, with collectives between its blocks: real enough to evict caches,
 which makes every call several times dearer than in a loop of its own. Both numbers are printed. What is measured, and
-how, is in `benchmarks/cadence.py`: blocks of steps with and without lens take turns, the medians are subtracted, so
-that neither the clock nor the plain calls count.
+how, is in `benchmarks/cadence.py`: clocks at the edges where the hook stands, in blocks of steps with and without lens
+that take turns. Whole steps with and without are compared too, beside the noise of the same run.
 
-    python benchmarks/hook_overhead.py [--quick] [--json] [--python]
+    python benchmarks/hook_overhead.py [--quick] [--json] [--python] [--peers VENV/bin/python]
+                                       [--traceml VENV/bin/traceml] [--out FILE]
 
 It measures what is recorded with: what `lens doctor --build` has compiled, or Python where that is not there or
-``--python`` says so.
+``--python`` says so. Peers are measured in the same step, each in the environment that is named (`hook_peers.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import io
 import json
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,25 @@ from torch._C._distributed_c10d import FakeWork
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lens
-from benchmarks.cadence import TrainingStep, clock
+from benchmarks import hook_peers
+from benchmarks.cadence import Added, Spent, TrainingStep, added, clock
 from lens.hooks import native
 from lens.ring_reader import RingReader
 from lens.settings import Settings
 from lens.slots import STEP, iter_records
 
-PEERS = {"trackio": "trackio", "traceml": "traceml_ai"}
-"""Peer -> module that its package installs."""
 COLLECTIVES = (11, 60)
 ROUTERS = 4
 BLOCK_STEPS = 10
 _native = True
+PEER_KEYS = {
+    **{
+        name: tuple(f"log{count}_{what}_us" for count in hook_peers.LOGGED for what in ("mean", "median", "p99"))
+        for name in hook_peers.TRACKERS
+    },
+    "traceml": ("added_us_traceml", "added_p90_us_traceml", "step_ratio_traceml", "step_ratio_aa_traceml"),
+}
+"""Peer -> what is measured of it."""
 BEYOND = ("log of two values", "routers")
 """Edges that are the training's own calls into lens, or depend on its model: told apart, not part of the sum."""
 
@@ -72,17 +77,18 @@ class Measured:
     """Steps with and without lens, in blocks that take turns."""
 
     def __init__(self, step: TrainingStep, blocks: int, rings: Path) -> None:
-        self._edges: dict[str, list[dict[str, int]]] = {"off": [], "on": [], "again": []}
+        self._edges: dict[str, list[Spent]] = {"off": [], "on": [], "again": []}
         self._times: dict[str, list[float]] = {"off": [], "on": [], "again": []}
         self._reported: list[int] = []
-        with step.noted_backward():
+        # In Python lens stands around the functions of torch.distributed, compiled below them.
+        with step.noted(collectives=tier() == "python"):
             for _ in range(blocks):
                 for mode in ("off", "on", "again"):
                     self._block(step, mode, rings)
 
     def _block(self, step: TrainingStep, mode: str, rings: Path) -> None:
         on = mode == "on"
-        with watching(step, rings) if on else contextlib.nullcontext():
+        with watching(step, rings) if on else contextlib.nullcontext(), step.noted_last():
             batches = iter(lens.data(step.batches())) if on else step.batches()
             step.run(batches, on)
             measured = [step.run(batches, on) for _ in range(BLOCK_STEPS)]
@@ -93,15 +99,20 @@ class Measured:
         self._edges[mode] += [edges for _, edges in measured]
 
     @property
-    def host_us(self) -> float:
-        """Microseconds a step."""
-        return self._added(lambda edges: sum(ns for name, ns in edges.items() if name not in BEYOND))
+    def host(self) -> Added:
+        """At all edges where the hook stands by itself."""
+        return self._added([name for name in self._names if name not in BEYOND])
+
+    @property
+    def noise_us(self) -> float:
+        """The same of steps without lens over others without."""
+        names = [name for name in self._names if name not in BEYOND]
+        return added(self._edges["again"], self._edges["off"], names).typical
 
     @property
     def items_us(self) -> dict[str, float]:
         """Microseconds a step at each edge."""
-        names = list(self._edges["on"][0])
-        return {name: self._added(lambda edges, name=name: edges[name]) for name in names}  # type: ignore[misc]
+        return {name: self._added([name]).typical for name in self._names}
 
     @property
     def reported_us(self) -> float:
@@ -123,9 +134,12 @@ class Measured:
         """Length of a step without lens, of one without: the noise."""
         return _ratio(self._times["again"], self._times["off"])
 
-    def _added(self, of: Callable[[dict[str, int]], int]) -> float:
-        on, off, again = (statistics.median(map(of, self._edges[mode])) for mode in ("on", "off", "again"))
-        return (on - (off + again) / 2) / 1000
+    @property
+    def _names(self) -> list[str]:
+        return list(self._edges["on"][0])
+
+    def _added(self, names: Sequence[str]) -> Added:
+        return added(self._edges["on"], self._edges["off"] + self._edges["again"], names)
 
 
 def back_to_back(count: int, rings: Path) -> float:
@@ -145,79 +159,31 @@ def back_to_back(count: int, rings: Path) -> float:
     return watched - plain
 
 
-def log_time(log: Callable[[dict[str, float]], None], count: int, steps: int) -> float:
-    """Mean microseconds of one call with `count` values, one a step of real work."""
-    step = TrainingStep(0.020, 0)
-    values = {f"metric{number}": number / 7 for number in range(count)}
-    spent: list[int] = []
-    with step.noted_backward():
-        batches = step.batches()
-        for _ in range(steps):
-            step.run(batches, False)
-            began = clock()
-            log(values)
-            spent.append(clock() - began)
-    return statistics.fmean(spent[2:]) / 1000
-
-
 def lens_log_times(steps: int, rings: Path) -> dict[str, float]:
     """``lens.log`` with 30 and 100 values."""
     with watching(None, rings):
-        found = {f"log{count}_mean_us": log_time(lens.log, count, steps) for count in (30, 100)}
+        found = hook_peers.log_times(lambda values, step: lens.log(values), steps)
     shutil.rmtree(rings)
     return found
 
 
-def trackio_log_times(steps: int, folder: Path) -> dict[str, float | None]:
-    """The same through trackio, into its own local database; None where it is not installed."""
-    keys = [f"log{count}_mean_us_trackio" for count in (30, 100)]
-    if not installed("trackio"):
-        return dict.fromkeys(keys)
-    os.environ |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    trackio = importlib.import_module("trackio")
-    with contextlib.redirect_stdout(io.StringIO()):
-        trackio.init(project="hook-overhead", name="run", embed=False, auto_log_gpu=False, auto_log_cpu=False)
-    found = {f"log{count}_mean_us_trackio": log_time(trackio.log, count, steps) for count in (30, 100)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        trackio.finish()
-    return {**found}
+def peers(python: str | None, traceml: Path | None, steps: int) -> dict[str, Any]:
+    """What the peers cost in the same step; None where one was not measured, and why in ``peers_absent``."""
+    found: dict[str, Any] = {"peers_absent": {}, "peer_versions": {}}
+    said = {name: hook_peers.measured(python, name, steps) for name in hook_peers.TRACKERS}
+    said["traceml"] = hook_peers.traceml_measured(traceml, steps)
+    for name, keys in PEER_KEYS.items():
+        reply = said[name]
+        for key in keys:
+            found[key if name == "traceml" else f"{key}_{name}"] = reply.get(key)
+        if "absent" in reply:
+            found["peers_absent"][name] = reply["absent"]
+        else:
+            found["peer_versions"][name] = reply["version"]
+    return found
 
 
-def traceml_added(blocks: int) -> dict[str, float | None]:
-    """Microseconds that TraceML's step wrapper adds to a step; None where it is not installed or does not trace."""
-    if not installed("traceml"):
-        return {"added_us_traceml": None}
-    traceml = importlib.import_module(PEERS["traceml"])
-    try:
-        # Without its aggregator it would go on without tracing, and look cheap.
-        traceml.init(mode="auto", on_missing_aggregator="raise")
-    except Exception as error:
-        print(f"TraceML does not trace here (start `traceml serve`): {error}", file=sys.stderr)
-        return {"added_us_traceml": None}
-    step = TrainingStep(0.020, 0)
-    differences = []
-    with step.noted_backward():
-        batches = step.batches()
-        for _ in range(blocks):
-            medians = []
-            for traced in (False, True):
-                took = []
-                for _ in range(BLOCK_STEPS):
-                    began = clock()
-                    with traceml.trace_step(step.network) if traced else contextlib.nullcontext():
-                        step.run(batches, False)
-                    took.append(clock() - began)
-                medians.append(statistics.median(took))
-            differences.append(medians[1] - medians[0])
-    return {"added_us_traceml": statistics.median(differences) / 1000}
-
-
-def installed(peer: str) -> bool:
-    """Whether a peer can be measured here."""
-    return importlib.util.find_spec(PEERS[peer]) is not None
-
-
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, python: str | None, traceml: Path | None) -> dict[str, Any]:
     """All keys of this benchmark, with the sizes they were measured at."""
     blocks, steps, loops = (8, 60, 20_000) if quick else (40, 400, 200_000)
     torch.set_num_threads(1)
@@ -229,35 +195,39 @@ def measure(quick: bool) -> dict[str, Any]:
     try:
         few, many = (Measured(TrainingStep(0.020, count), blocks, rings) for count in COLLECTIVES)
         short = Measured(TrainingStep(0.002, COLLECTIVES[0]), blocks, rings)
-        routed = Measured(TrainingStep(0.020, 0, ROUTERS), blocks, rings)
-        plain = Measured(TrainingStep(0.020, 0), blocks, rings)
-        extra = (many.host_us - few.host_us) / (COLLECTIVES[1] - COLLECTIVES[0])
-        return {
-            "host_us_per_step_11": few.host_us,
-            "host_us_per_step_60": many.host_us,
+        routed = Measured(TrainingStep(0.020, 0, ROUTERS), max(4, blocks // 4), rings)
+        extra = (many.host.typical - few.host.typical) / (COLLECTIVES[1] - COLLECTIVES[0])
+        found = {
+            "host_us_per_step_11": few.host.typical,
+            "host_us_per_step_60": many.host.typical,
+            "host_p90_us_11": few.host.p90,
+            "host_p90_us_60": many.host.p90,
+            "edges_p90_us_11": few.host.p90_without,
+            "edges_p90_us_60": many.host.p90_without,
+            "noise_us_11": few.noise_us,
+            "noise_us_60": many.noise_us,
             "tier": tier(),
             "ns_per_event": back_to_back(loops, rings),
             "ns_per_event_at_cadence": extra * 1000,
             "reported_us_per_step_11": few.reported_us,
+            "reported_us_per_step_60": many.reported_us,
             "items_us": few.items_us,
             "log2_us": few.items_us["log of two values"],
-            "router_us": (routed.items_us["routers"] + routed.host_us - plain.host_us) / ROUTERS,
+            "router_us": (routed.items_us["routers"] + max(0.0, routed.items_us["step ends"])) / ROUTERS,
             "step_ratio_20ms": few.ratio,
             "step_ratio_2ms": short.ratio,
             "step_ratio_aa": few.ratio_aa,
             "step_ratio_aa_2ms": short.ratio_aa,
             **lens_log_times(steps, rings),
-            **trackio_log_times(steps, folder / "trackio"),
-            **traceml_added(blocks),
             "step_ms": few.step_ms,
             "blocks": blocks,
             "steps_a_block": BLOCK_STEPS,
             "log_steps": steps,
-            "peers_absent": [peer for peer in PEERS if not installed(peer)],
         }
     finally:
         dist.destroy_process_group()
         shutil.rmtree(folder, ignore_errors=True)
+    return {**found, **peers(python, traceml, steps)}
 
 
 def _overheads(rings: Path) -> list[int]:
@@ -274,8 +244,15 @@ def _ratio(with_it: list[float], without: list[float]) -> float:
 
 ROWS = (
     ("host time a step, 11 collectives, at cadence", "host_us_per_step_11", "µs"),
+    ("  nine of ten steps stay below", "host_p90_us_11", "µs"),
+    ("  nine of ten steps without lens", "edges_p90_us_11", "µs"),
+    ("  steps without lens over others without (noise)", "noise_us_11", "µs"),
+    ("  the hook's own word", "reported_us_per_step_11", "µs"),
     ("host time a step, 60 collectives, at cadence", "host_us_per_step_60", "µs"),
-    ("the hook's own word for it, 11 collectives", "reported_us_per_step_11", "µs"),
+    ("  nine of ten steps stay below", "host_p90_us_60", "µs"),
+    ("  nine of ten steps without lens", "edges_p90_us_60", "µs"),
+    ("  steps without lens over others without (noise)", "noise_us_60", "µs"),
+    ("  the hook's own word", "reported_us_per_step_60", "µs"),
     ("one collective more, at cadence", "ns_per_event_at_cadence", "ns"),
     ("one collective, back to back", "ns_per_event", "ns"),
     ("lens.log of loss and gradient norm, at cadence", "log2_us", "µs"),
@@ -284,12 +261,38 @@ ROWS = (
     ("20 ms step without / without (noise)", "step_ratio_aa", ""),
     ("2 ms step with lens / without", "step_ratio_2ms", ""),
     ("2 ms step without / without (noise)", "step_ratio_aa_2ms", ""),
-    ("lens.log, 30 values, mean", "log30_mean_us", "µs"),
-    ("trackio, 30 values, mean", "log30_mean_us_trackio", "µs"),
-    ("lens.log, 100 values, mean", "log100_mean_us", "µs"),
-    ("trackio, 100 values, mean", "log100_mean_us_trackio", "µs"),
-    ("TraceML, added to a step", "added_us_traceml", "µs"),
+    ("TraceML, added at the edges of a step", "added_us_traceml", "µs"),
+    ("20 ms step with TraceML / without", "step_ratio_traceml", ""),
+    ("20 ms step without / without, beside it (noise)", "step_ratio_aa_traceml", ""),
 )
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lines for people: (what, how much)."""
+    lines = []
+    for label, key, unit in ROWS:
+        value = found[key]
+        lines.append(f"{label:<50} " + ("absent" if value is None else f"{value:10.3f} {unit}"))
+    lines += ["", f"{'one call a step, µs: mean · middle · p99':<50} {'':>8} {'times lens':>14}"]
+    for count in hook_peers.LOGGED:
+        own = found[f"log{count}_mean_us"]
+        for name, suffix in (("lens.log", ""), *((name, f"_{name}") for name in hook_peers.TRACKERS)):
+            three = [found[f"log{count}_{what}_us{suffix}"] for what in ("mean", "median", "p99")]
+            shown = "absent" if three[0] is None else " · ".join(f"{value:,.0f}" for value in three)
+            ratio = "" if three[0] is None else f"{three[0] / own:14.1f}"
+            lines.append(f"{count:>4} values, {name:<38} {shown:<26}{ratio}")
+    lines += ["", "where the host time goes, 11 collectives:"]
+    for name, microseconds in found["items_us"].items():
+        lines.append(f"  {name:<48} {microseconds:10.3f} µs" + (" (not in the sum)" if name in BEYOND else ""))
+    lines += [f"absent: {name} ({why})" for name, why in found["peers_absent"].items()]
+    return lines
+
+
+def section(found: dict[str, Any]) -> list[str]:
+    """The same as a part of a proof in Markdown."""
+    what = f"{found['tier']} recorder, {found['step_ms']:.1f} ms a step"
+    sizes = f"{found['blocks']} blocks of {found['steps_a_block']} steps each way"
+    return [f"## {what.capitalize()}, {sizes}", "", "```", *table(found), "```", ""]
 
 
 def main() -> int:
@@ -298,20 +301,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--python", action="store_true", help="the recorder in Python, whatever is compiled")
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with trackio, wandb and tensorboard")
+    parser.add_argument("--traceml", type=Path, metavar="COMMAND", help="its command, in an environment of its own")
     options = parser.parse_args()
     global _native
     _native = not options.python
-    found = measure(options.quick)
+    found = measure(options.quick, options.peers, options.traceml)
     print(f"{found['step_ms']:.1f} ms a step, one thread, recorder: {found['tier']}\n")
-    for label, key, unit in ROWS:
-        value = found[key]
-        shown = "absent (not installed, or not running)" if value is None else f"{value:10.3f} {unit}"
-        print(f"{label:<48} {shown}")
-    print("\nwhere the host time goes, 11 collectives:")
-    for name, microseconds in found["items_us"].items():
-        print(f"  {name:<46} {microseconds:10.3f} µs" + (" (not in the sum)" if name in BEYOND else ""))
-    if found["peers_absent"]:
-        print(f"\npeers not installed here: {', '.join(found['peers_absent'])}")
+    print("\n".join(table(found)))
     if options.json:
         print(json.dumps(found))
     return 0
