@@ -56,7 +56,7 @@ prove-attach: $(DEV) ## attaches refused, with words and times; and what one lea
 	@$(BIN)/python benchmarks/attach_leaves.py --out docs/proofs/attach_leaves.md $(ARGS)
 
 prove-selftest: $(DEV) ## 329 faults, 60 pairs of faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (8 minutes)
-	@$(BIN)/lens selftest --cases 329 --pairs 60 --healthy-steps 20000 --seed 1 $(ARGS)
+	@$(BIN)/python benchmarks/diagnosis.py --out docs/proofs/selftest.md $(ARGS)
 
 .PHONY: prove-stacks
 prove-stacks: $(DEV) ## the stacks of 7,000 running and hanging processes read from outside: right, and without harm? (2 minutes)

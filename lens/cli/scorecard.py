@@ -105,16 +105,16 @@ def scorecard(judged: Sequence[Judged], calm: Sequence[Calm], paired: Sequence[P
     return {
         "cases": len(counted),
         "cases_too_cheap": len(judged) - len(counted),
-        "top1_cause": _share(known, lambda one: one.right_cause),
-        "exact_ranks": _share(placed, lambda one: one.right),
+        "top1": _share(known, lambda one: one.right_cause),
+        "rank_exact": _share(placed, lambda one: one.right),
         "cause_and_ranks": _share(known, lambda one: one.right),
         "unknown_flagged": _share(unknown, lambda one: one.named == UNEXPLAINED),
         "latency_steps_median": median(late) if late else None,
         "latency_cases": len(late),
         "healthy_steps": steps,
         "false_alarms": sum(len(run.alarms) for run in calm),
-        "false_alarms_per_1000_steps": _rate(calm),
-        "calibration_error": calibration_error(sure),
+        "false_alarms_per_1k": _rate(calm),
+        "ece": calibration_error(sure),
         "pairs": _of_pairs([one for one in paired if len(one.wanted) == len(one.truth)]),
         "causes": {cause: _of_cause(cause, counted) for cause in sorted({one.cause for one in counted})},
         "noise": {
@@ -169,7 +169,7 @@ def _of_cause(cause: str, judged: Sequence[Judged]) -> dict[str, Any]:
         "precision": _share(said, lambda one: one.cause == cause),
         "recall": _share(mine, lambda one: cause in one.causes),
         "top1": _share(mine, lambda one: one.right_cause),
-        "exact_ranks": _share([one for one in mine if one.right_cause], lambda one: one.right),
+        "rank_exact": _share([one for one in mine if one.right_cause], lambda one: one.right),
         "latency_steps": median(delays) if delays else None,
         "taken_for": {name: wrong.count(name) for name in sorted(set(wrong))},
     }
@@ -213,21 +213,21 @@ def describe(card: dict[str, Any]) -> str:
     lines = [
         "| measure | measured |", "|---|---|",
         f"| cases (left out: faults that cost under {100 * NAMED_FROM:.0f} %) | {card['cases']} ({card['cases_too_cheap']}) |",
-        f"| cause named first | {_said(card['top1_cause'])} |",
-        f"| exact ranks, where the cause is right | {_said(card['exact_ranks'])} |",
+        f"| cause named first | {_said(card['top1'])} |",
+        f"| exact ranks, where the cause is right | {_said(card['rank_exact'])} |",
         f"| cause and ranks right | {_said(card['cause_and_ranks'])} |",
         f"| unknown faults called `unexplained` | {_said(card['unknown_flagged'])} |",
         f"| median steps to detection, slowdown from {100 * LATENCY_FROM:.0f} % on | {_said(card['latency_steps_median'])} "
         f"({card['latency_cases']} cases) |",
-        f"| false alarms per 1,000 healthy steps | {_said(card['false_alarms_per_1000_steps'])} "
+        f"| false alarms per 1,000 healthy steps | {_said(card['false_alarms_per_1k'])} "
         f"({card['false_alarms']} in {card['healthy_steps']}) |",
-        f"| expected calibration error | {_said(card['calibration_error'])} |",
+        f"| expected calibration error | {_said(card['ece'])} |",
         "", "| cause | cases | precision | recall | named first | exact ranks | steps to detect | taken for |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for cause, row in card["causes"].items():
         wrong = ", ".join(f"{name} {count}" for name, count in row["taken_for"].items())
-        numbers = (row[key] for key in ("precision", "recall", "top1", "exact_ranks", "latency_steps"))
+        numbers = (row[key] for key in ("precision", "recall", "top1", "rank_exact", "latency_steps"))
         lines.append(f"| {cause} | {row['cases']} | {' | '.join(map(_said, numbers))} | {wrong} |")
     pairs = card["pairs"]
     missed = ", ".join(f"{name} {count}" for name, count in pairs["missed"].items())

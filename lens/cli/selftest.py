@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if min(arguments.cases, arguments.healthy_steps, arguments.pairs) < 0:
         raise CommandError("a number of cases or steps is below 0", "lens selftest --cases 46", UNUSABLE)
     try:
-        from sample_runs.cluster import draw_cases, draw_healthy, draw_pairs
+        import sample_runs.cluster  # noqa: F401
     except ImportError as error:
         if (error.name or "").startswith("sample_runs"):
             raise CommandError(
@@ -53,14 +53,31 @@ def run(arguments: argparse.Namespace) -> int:
                 MISSING,
             ) from error
         raise missing_extra(error, "server") from error
-    cases: list[Case | Pair] = [
-        *draw_cases(arguments.cases, arguments.seed), *draw_healthy(arguments.healthy_steps, arguments.seed),
-        *draw_pairs(arguments.pairs, arguments.seed),
-    ]  # fmt: skip
+    card = assess(arguments.cases, arguments.healthy_steps, arguments.pairs, arguments.seed)
+    if arguments.json:
+        print(json.dumps(card, ensure_ascii=False))
+    else:
+        print(describe(card))
+    return DONE
+
+
+def assess(cases: int, healthy_steps: int, pairs: int, seed: int) -> dict[str, Any]:
+    """The scorecard over so many faulty runs, steps of healthy runs and runs with two faults, with each run's own verdict.
+
+    Raises:
+        ImportError: the simulated cluster, or numpy, is not installed.
+    """
+    from sample_runs.cluster import draw_cases, draw_healthy, draw_pairs
+
+    drawn: list[Case | Pair] = [
+        *draw_cases(cases, seed),
+        *draw_healthy(healthy_steps, seed),
+        *draw_pairs(pairs, seed),
+    ]
     judged: list[Judged] = []
     calm: list[Calm] = []
     paired: list[Paired] = []
-    for number, result in enumerate(_all_judged(cases), 1):
+    for number, result in enumerate(_all_judged(drawn), 1):
         if isinstance(result, Judged):
             judged.append(result)
         elif isinstance(result, Paired):
@@ -68,14 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             calm.append(result)
         if sys.stderr.isatty():
-            print(f"\r{number} of {len(cases)} runs", end="" if number < len(cases) else "\n", file=sys.stderr)
-    card = {"seed": arguments.seed, **scorecard(judged, calm, paired)}
-    if arguments.json:
-        every = {"judged": [asdict(one) for one in judged], "paired": [asdict(one) for one in paired]}
-        print(json.dumps({**card, **every}, ensure_ascii=False))
-    else:
-        print(describe(card))
-    return DONE
+            print(f"\r{number} of {len(drawn)} runs", end="" if number < len(drawn) else "\n", file=sys.stderr)
+    every = {"judged": [asdict(one) for one in judged], "paired": [asdict(one) for one in paired]}
+    return {"seed": seed, **scorecard(judged, calm, paired), **every}
 
 
 def _all_judged(cases: Sequence[Case | Pair]) -> Iterator[Judged | Calm | Paired]:

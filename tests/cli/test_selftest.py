@@ -41,12 +41,12 @@ CALM = [Calm("spiky", 2000, ["slow_link"], [0.5]), Calm("clean", 2000, [], [])]
 def test_shares_count_what_they_say() -> None:
     card = scorecard(CASES, CALM)
     assert (card["cases"], card["cases_too_cheap"]) == (5, 1)
-    assert card["top1_cause"] == pytest.approx(2 / 3)
+    assert card["top1"] == pytest.approx(2 / 3)
     assert card["cause_and_ranks"] == pytest.approx(1 / 3)
-    assert card["exact_ranks"] == pytest.approx(2 / 3)
+    assert card["rank_exact"] == pytest.approx(2 / 3)
     assert card["unknown_flagged"] == 0.5
     assert card["latency_steps_median"] == 7
-    assert card["false_alarms_per_1000_steps"] == 0.25
+    assert card["false_alarms_per_1k"] == 0.25
     assert card["noise"]["spiky"] == {"steps": 2000, "per_1000": 0.5, "alarms": {"slow_link": 1}}
     assert (card["causes"]["slow_link"]["recall"], card["causes"]["slow_link"]["top1"]) == (1.0, 0.5)
     assert card["causes"]["slow_device"]["precision"] == pytest.approx(1 / 3)
@@ -80,8 +80,8 @@ def test_calibration_is_the_distance_of_confidence_from_being_right() -> None:
 
 def test_nothing_to_share_is_no_number() -> None:
     card = scorecard([], [])
-    assert card["top1_cause"] is None
-    assert card["false_alarms_per_1000_steps"] is None
+    assert card["top1"] is None
+    assert card["false_alarms_per_1k"] is None
     assert "| cause named first | - |" in describe(card)
 
 
@@ -92,7 +92,7 @@ def test_the_verb_judges_simulated_runs(capsys: pytest.CaptureFixture[str]) -> N
     card = json.loads(capsys.readouterr().out)
     assert [one["fault"] for one in card["judged"]] == ["slow_device", "thermal_throttle", "power_cap"]
     assert all(one["causes"][0] == one["cause"] and one["said_ranks"] == one["ranks"] for one in card["judged"])
-    assert (card["seed"], card["healthy_steps"], card["top1_cause"]) == (2, 80, 1.0)
+    assert (card["seed"], card["healthy_steps"], card["top1"]) == (2, 80, 1.0)
     assert [[cause for cause, _, _ in pair["truth"]] for pair in card["paired"]] == [
         ["ecc_remap", "thermal_throttle"]
     ]
