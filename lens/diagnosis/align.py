@@ -30,7 +30,7 @@ class Collectives:
     """Finished collectives, ordered by rank and start of blocking; one row a rank and collective.
 
     row, step: places in Topology.ranks and Timeline.steps. kind: code of the group's kind in `kinds`; group: place
-    in `groups`. op, phase: codes of the tables. size: bytes, NULL where unknown.
+    in `groups`. op, phase: codes of the tables. size: bytes, NULL where unknown. layer: its number, -1 where unknown.
     start_ns, end_ns: the blocking interval by the rank's own clock. instance: equal for rows of one collective.
     last_entry_ns: when the last rank known entered, by this rank's clock. complete: all members of it are known.
     offset_ns: this rank's clock minus the common one. done_ns: when an asynchronous one was done (NULL: unknown, or
@@ -55,6 +55,7 @@ class Collectives:
     size: Ints
     is_async: Array
     done_ns: Ints
+    layer: Ints
 
     def __len__(self) -> int:
         return len(self.row)
@@ -91,7 +92,7 @@ def align(tables: Tables, timeline: Timeline, topology: Topology) -> Collectives
         row, step, kind_of[group], kinds, start, columns["t1_ns"], entry, last + offset, offset, instance,
         sizes >= expected, columns["phase"].astype(np.int64), group, names, columns["op"].astype(np.int64),
         columns["bytes"], columns["is_async"] == 1,
-        np.where(columns["is_async"] == 1, columns["t_done_ns"], NULL),
+        np.where(columns["is_async"] == 1, columns["t_done_ns"], NULL), columns["layer"].astype(np.int64),
     )  # fmt: skip
 
 

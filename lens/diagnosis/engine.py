@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lens.diagnosis import (
+    attribution,
     exits,
     hang_report,
     hangs,
@@ -55,6 +56,7 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     found = [report.of_verdict(examiner, verdict) for verdict in verdicts]
     found += [notice_report.of_notice(examiner, notice, index) for notice in noticed]
     found += [link_report.of_link(examiner, link) for link in judge.links(index)]
+    found = [[attribution.attributed(examiner, item, index) for item in rivals] for rivals in found]
     hypotheses = report.ordered(_fatal(examiner, index) + told_once.told_once(examiner, found, index))
     _date(judge, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None

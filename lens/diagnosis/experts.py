@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lens.diagnosis import notices, policy
+from lens.diagnosis import attribution, notices, policy
 from lens.diagnosis.arrays import Array, Floats, Ints, cells, mean, median
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
@@ -181,7 +181,7 @@ class Experts:
         part = np.clip(1 - base / mean(mine), 0, 1)
         extra = np.zeros((len(after), compute.shape[1]))
         extra[:, rows] = np.nan_to_num(mine) * np.nan_to_num(part)
-        ratio = self.run.cost_ratio(after, extra)
+        ratio = attribution.cost_ratio(self.run, past, after) or self.run.cost_ratio(after, extra)
         if ratio is None or ratio - 1 < policy.WORTH_KEEPING:
             return None
         layer, expert = self._hottest(load, rows, past, after)

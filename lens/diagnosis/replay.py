@@ -24,13 +24,19 @@ def step_ratio(
 
 
 def step_seconds(
-    frame: Frame, extra: Floats, steps: Ints, less: Floats | None = None, loading: Floats | None = None
+    frame: Frame,
+    extra: Floats,
+    steps: Ints,
+    less: Floats | None = None,
+    loading: Floats | None = None,
+    ahead: Floats | None = None,
 ) -> tuple[float, float] | None:
     """Mean step time as it was, and without the extra self time and transfer.
 
     extra: seconds that each rank took too long, spread over the step's self time [steps given, ranks]. steps: places
     of these steps. less: seconds that each transfer took too long [rows of Collectives]. loading: as extra, before the
-    step's first collective.
+    step's first collective. ahead: seconds that the self time right before each collective took too long, below 0 where
+    it took too little [rows of Collectives].
     None where the records do not allow a replay (no collectives).
     """
     collectives, pieces = frame.collectives, frame.pieces
@@ -66,6 +72,8 @@ def step_seconds(
     lessened, tail_lessened = _without(
         own, tail, first, last, *(late.reshape(-1)[chain[first]] for late in (extra, loading))
     )
+    if ahead is not None:
+        lessened = np.maximum(lessened - ahead[rows], 0)
     shorter = transfer if less is None else np.maximum(transfer - less[rows], 0)
     now, fixed = graph.step_times(own, tail, transfer), graph.step_times(lessened, tail_lessened, shorter)
     return float(now.mean()), float(fixed.mean())

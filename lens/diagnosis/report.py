@@ -309,6 +309,11 @@ def listed(ranks: list[int]) -> str:
     return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
 
 
+def sentence(text: str) -> str:
+    """With a capital and a point."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def milliseconds(seconds: float) -> str:
     value = 1000 * seconds
     return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"

@@ -6,11 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lens.diagnosis.arrays import Floats, Ints, pack, starts_of
+from lens.diagnosis.arrays import Array, Floats, Ints, pack, starts_of
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.topology import Topology
 from lens.slots import NULL
 from lens.tables import Tables
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Vectors of tokens by expert: their rows in the table, and each one's places of step and layer and its rank's place
+    (-1 = all ranks). group: expert-parallel group of each rank and of nobody [ranks + 1]."""
+
+    tables: Tables
+    rows: Ints
+    step: Ints
+    layer: Ints
+    sender: Ints
+    group: Ints
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class ExpertLoad:
 
     tokens: that arrive at each rank's experts, summed over layers [steps, ranks]. routed: for each expert over all
     ranks [steps, layers, experts]. layers: their numbers. position: place in its expert-parallel group of each
-    expert's owner [experts]; place: of each rank, -1 = in none [ranks].
+    expert's owner [experts]; place: of each rank, -1 = in none [ranks]. sent: what was told, vector by vector.
     """
 
     tokens: Floats
@@ -27,6 +40,7 @@ class ExpertLoad:
     layers: tuple[int, ...]
     position: Ints
     place: Ints
+    sent: Sent
 
     @classmethod
     def of(cls, tables: Tables, timeline: Timeline, topology: Topology) -> ExpertLoad | None:
@@ -62,7 +76,29 @@ class ExpertLoad:
             tuple(layers.tolist()),
             position,
             place[:-1],
+            Sent(tables, rows, step, layer, sender, group),
         )
+
+    def arrived(self, steps: Ints) -> Floats:
+        """Tokens that arrive at each rank's experts of each layer in these steps [steps given, layers, ranks]."""
+        sent, experts, layers = self.sent, len(self.position), len(self.layers)
+        at = np.searchsorted(steps, sent.step)
+        mine = np.flatnonzero(steps[np.minimum(at, len(steps) - 1)] == sent.step)
+        flat = sent.tables.vector_values[
+            sent.tables.vectors["offset"][sent.rows[mine]][:, None] + np.arange(experts)
+        ]
+        cell = at[mine] * layers + sent.layer[mine]
+        place = np.append(self.place, -1)
+        found = _arrivals(flat, cell, sent.sender[mine], self.position, sent.group, place, len(steps) * layers)
+        return found.reshape(len(steps), layers, -1)
+
+    def layers_of(self, ranks: int) -> Array:
+        """Which layers the routers of each rank told of; all, where they told for all ranks together [ranks, layers]."""
+        result = np.zeros((ranks, len(self.layers)), bool)
+        own = self.sent.sender >= 0
+        result[self.sent.sender[own], self.sent.layer[own]] = True
+        result[~result.any(axis=1)] = True
+        return result
 
     def owners(self, expert: int) -> tuple[int, ...]:
         """Rows of the ranks that hold an expert, one of each expert-parallel group."""

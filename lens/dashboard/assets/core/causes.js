@@ -108,8 +108,11 @@ export function placeOf(code) {
   return { page, metric: metric ?? null };
 }
 
+/** A metric in words; "comm.wait/layer3" is that of one layer. */
 export function metricName(metric) {
-  return METRICS[metric] ?? metric;
+  const [name, layer] = metric.split("/layer");
+  const words = METRICS[name] ?? name;
+  return layer === undefined ? words : `${words} in layer ${layer}`;
 }
 
 /** A source as the selector and legends show it: "step time", "phase forward". */
@@ -119,7 +122,8 @@ export function sourceName(name) {
 }
 
 /** The unit of an evidence value: as the run reports it, else by the kind of name. */
-export function unitOf(metric, meta) {
+export function unitOf(each, meta) {
+  const [metric] = each.split("/layer");
   const told = meta?.metrics?.find((each) => each.metric === metric)?.unit;
   if (told) return told;
   if (/(^|\.)(duration|time|self|wait|transfer)$|^phase\.|^step\./.test(metric)) return "s";
