@@ -13,6 +13,7 @@ from lens.diagnosis import notices, policy
 from lens.diagnosis.arrays import Array, Floats, Ints, cells, mean, median
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
+from lens.diagnosis.pipeline import bubble
 
 CAUSES = {
     "mixed_vendor_imbalance": Cause(
@@ -142,10 +143,16 @@ class Balance:
             f"every rank of pipeline stage {numbers[longest]} computes {100 * (float(ratio.mean()) - 1):.0f} % longer than "
             "those of the other stages, since the first step"
         )
+        evidence: tuple[Evidence, ...] = (
+            Evidence("comm.self", float(others.mean()), float(levels[longest].mean())),
+        )
+        idle = bubble(self.run.frame, self.run.tables, steps)
+        if idle is not None and idle.measured is not None:
+            evidence += (Evidence("pipeline.bubble", idle.theory, idle.measured),)
+            said += f" ({idle.words()})"
         return Notice(
             "pipeline_imbalance", notices.listed(rows), 0, None,
-            notices.sureness(float(ratio.min()) - 1, STAGE_RATIO - 1, 0.93), said,
-            (Evidence("comm.self", float(others.mean()), float(levels[longest].mean())),), cost,
+            notices.sureness(float(ratio.min()) - 1, STAGE_RATIO - 1, 0.93), said, evidence, cost,
             f"stage{numbers[longest]}",
             (("slow_device", "all ranks of the stage take longer, none more than the others"),),
         )  # fmt: skip

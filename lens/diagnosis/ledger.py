@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lens.diagnosis import policy
 from lens.diagnosis.arrays import Floats
 from lens.diagnosis.decompose import COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
+from lens.diagnosis.pipeline import bubble
 from lens.diagnosis.select import Timeline, through
 from lens.diagnosis.topology import Topology
 from lens.slots import NULL
@@ -23,7 +25,8 @@ def ledger(run: Mapping[str, Any], tables: Tables, upto_step: int | None = None)
     """The mean rank's wall time from its first step's start to its last step's end, in seconds, by part.
 
     The parts sum to wall_s; a part nobody recorded is None (and its time, if any, lies in `other` or `compute`).
-    Without a finished step all numbers are None.
+    Without a finished step all numbers are None. `pipeline` lays the bubble beside the schedule's theory, as shares of the
+    passes (`pipeline.Bubble`); None without a pipeline.
     """
     timeline = Timeline.of(tables)
     seen = through(tables, timeline, upto_step)
@@ -31,7 +34,7 @@ def ledger(run: Mapping[str, Any], tables: Tables, upto_step: int | None = None)
     frame = Frame.of(seen, timeline, Topology.of(run, seen))
     done = np.isfinite(frame.duration)
     if not done.any():
-        return {"from_step": None, "to_step": None, "wall_s": None, "parts": dict.fromkeys(PARTS)}
+        return {"from_step": None, "to_step": None, "wall_s": None, "parts": dict.fromkeys(PARTS), "pipeline": None}
     rows = np.flatnonzero(done.any(axis=0))
     judged = np.flatnonzero(done.any(axis=1))
     wall, restart = _wall(frame, seen, rows)
@@ -41,12 +44,14 @@ def ledger(run: Mapping[str, Any], tables: Tables, upto_step: int | None = None)
     if restart is not None:
         parts["restart"] = restart
     _take_collection_out(parts)
+    idle = bubble(frame, seen, judged[judged >= min(policy.WARM_UP_STEPS, len(judged) - 1)])
     parts["other"] = max(0.0, wall - sum(value for value in parts.values() if value is not None))
     return {
         "from_step": int(timeline.steps[judged[0]]),
         "to_step": int(timeline.steps[judged[-1]]),
         "wall_s": round(wall, 6),
         "parts": {name: None if parts.get(name) is None else round(float(parts[name] or 0.0), 6) for name in PARTS},
+        "pipeline": None if idle is None else idle.shown(),
     }
 
 

@@ -67,6 +67,7 @@ const METRICS = {
   "comm.self": "own time between collectives",
   "comm.wait": "wait for the last rank",
   "comm.transfer": "transfer time",
+  "pipeline.bubble": "idle share of the passes",
   "train.loss.local": "local loss",
   "train.loss": "loss",
   "train.grad_norm.local": "local gradient norm",

@@ -64,7 +64,8 @@ export class LedgerPanel extends Panel {
     const missing = unknown.length
       ? element("p", { class: "lens-unknown" }, element("b", {}, "Not measured in this run: "), unknown.map((name) => PARTS[name][0].toLowerCase()).join(", "), ". What they took is inside the parts above.")
       : null;
-    return [bar, element("ul", { class: "lens-ledger-list" }, ...items), missing].filter(Boolean);
+    const idle = ledger.pipeline ? element("p", { class: "lens-unknown" }, element("b", {}, "Pipeline: "), pipelineWords(ledger.pipeline)) : null;
+    return [bar, element("ul", { class: "lens-ledger-list" }, ...items), idle, missing].filter(Boolean);
   }
 
   rows() {
@@ -78,4 +79,10 @@ export class LedgerPanel extends Panel {
       ],
     };
   }
+}
+
+/** The measured bubble beside what the schedule makes of it, or why one of them is not known. */
+function pipelineWords({ stages, micro_batches: batches, bubble_share: measured, theory_share: theory, reason }) {
+  const first = measured === null ? `${stages} stages` : `ranks idle ${percent(measured)} of their passes for other stages`;
+  return theory === null || measured === null ? `${first}; n/a: ${reason}.` : `${first}; ${stages} equal stages with ${batches} micro-batches idle ${percent(theory)} (1F1B).`;
 }
