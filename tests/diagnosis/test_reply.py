@@ -116,7 +116,7 @@ def test_poor_input_gives_a_reply(records: list[dict[str, Any]]) -> None:
     reply = diagnose({}, tables)
     assert set(reply) == REPLY_KEYS
     assert json.dumps(reply, allow_nan=False)
-    assert set(ledger({}, tables)) == {"from_step", "to_step", "wall_s", "parts"}
+    assert set(ledger({}, tables)) == {"from_step", "to_step", "wall_s", "pipeline", "parts"}
     assert reply["status"] in ("healthy", "insufficient", "failed")
 
 
