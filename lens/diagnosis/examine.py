@@ -18,9 +18,10 @@ from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import Frame
 from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
-from lens.diagnosis.parts import parts_of_step
+from lens.diagnosis.parts import WITHIN, parts_of_step, parts_within
 from lens.diagnosis.routing import ExpertLoad
 from lens.diagnosis.scenes import Measure, Scene
+from lens.diagnosis.segments import NOW_AND_THEN, Where
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.several import Hidden
 from lens.diagnosis.signals import Signals
@@ -29,7 +30,7 @@ from lens.diagnosis.topology import Topology
 from lens.diagnosis.wholes import Whole
 from lens.tables import Tables
 
-PROPORTIONAL = {"compute"}
+PROPORTIONAL = {"compute", *(part for part, whole in WITHIN.items() if whole == "compute")}
 """Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
 LOADING = {"data", "h2d"}
 """Parts that come before the computing of a step."""
@@ -60,7 +61,8 @@ class Verdict:
     """A finding with what it costs and how its explanations weigh.
 
     extra: seconds too long by rank [after, ranks]. share: of a usual step. sure: probability that the excess is
-    real and sits in these ranks. ratio: step time over what it would be without. hidden: behind what it hides.
+    real and sits in these ranks. ratio: step time over what it would be without. where: the stretches of the step in which
+    it lies, None where that is not known. hidden: behind what it hides.
     """
 
     finding: Finding
@@ -71,6 +73,7 @@ class Verdict:
     share: float
     sure: float
     ratio: float | None
+    where: Where | None
     hidden: Hidden | None = None
 
     @property
@@ -94,6 +97,7 @@ class Examiner:
     frame: Frame
     signals: Signals
     features: dict[str, Floats]
+    within: dict[str, Floats]
     usual: Floats
     found: dict[str, list[Change]]
     network: Network
@@ -104,21 +108,26 @@ class Examiner:
     def of(cls, tables: Tables, timeline: Timeline, topology: Topology) -> Examiner:
         """Align, decompose and look for changes."""
         frame = Frame.of(tables, timeline, topology)
-        features = parts_of_step(frame)
+        features, within = parts_of_step(frame), parts_within(frame)
         usual = median(frame.duration, axis=1)
         groups = peers.comparable(topology)
         found = {
-            name: changes.track(values, usual, groups, name in PROPORTIONAL) for name, values in features.items()
+            name: changes.track(values, usual, groups, name in PROPORTIONAL)
+            for name, values in (features | within).items()
         }
         signals = Signals(tables, timeline, topology)
         network = Network.of(frame, tables, signals, features, usual)
         sets = wholes.watch(features["compute"], usual, topology)
-        return cls(tables, timeline, topology, frame, signals, features, usual, found, network, sets)
+        return cls(tables, timeline, topology, frame, signals, features, within, usual, found, network, sets)
 
     @cached_property
     def load(self) -> ExpertLoad | None:
         """Tokens for each rank's experts; read only when a rank is slow."""
         return ExpertLoad.of(self.tables, self.timeline, self.topology)
+
+    def _part(self, feature: str) -> Floats:
+        """Self time of a part of the step, or of one within a part [steps, ranks]."""
+        return self.features[feature] if feature in self.features else self.within[feature]
 
     @cached_property
     def groups(self) -> list[Array]:
@@ -254,12 +263,12 @@ class Examiner:
 
     def _extra(self, feature: str, before: Ints, after: Ints) -> Floats:
         """Seconds above baseline and peers, [after, ranks]."""
-        values = self.features[feature]
+        values = self._part(feature)
         base = self._base(feature, before)
         return changes.excess(values[after], base, self.groups, feature in PROPORTIONAL)
 
     def _base(self, feature: str, before: Ints) -> Floats:
-        return changes.baseline(self.features[feature][before], self.groups, feature in PROPORTIONAL)
+        return changes.baseline(self._part(feature)[before], self.groups, feature in PROPORTIONAL)
 
     def usual_seconds(self, steps: Ints) -> float:
         """Median duration of these steps; NaN where none is known."""
@@ -305,11 +314,11 @@ class Examiner:
         seconds = float(np.nanmean(np.clip(own, -unit, 4 * unit)))
         step_s = self.usual_seconds(after)
         scene = Scene(
-            self.frame, self.signals, self.load, self.features, finding.rows, before, after, end,
+            self.frame, self.signals, self.load, self.features | self.within, finding.rows, before, after, end,
             max(seconds, 1e-9), 1 + seconds / base if base > 0 else 10.0, step_s if np.isfinite(step_s) else unit,
         )  # fmt: skip
         taken = measures.take(scene)
-        explained = signatures.weigh(finding.feature, taken)
+        explained = signatures.weigh(WITHIN.get(finding.feature, finding.feature), taken)
         if finding.whole and not wholes.told_by_all(scene, explained[0].cause):
             return None
         if share < self._bar(explained[0], taken) * finding.noise:
@@ -319,12 +328,14 @@ class Examiner:
         noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
         sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
         extra = self._extra_of(finding, after, own)
-        ratio = self.cost_ratio(after, extra, at_begin=finding.feature in LOADING)
-        return Verdict(finding, explained, taken, after, extra, share, sure, ratio)
+        at_begin = finding.feature in LOADING
+        where = None if at_begin or finding.standing else Where.of(self.frame, before, after, extra)
+        ratio = self.cost_of(after, extra, at_begin, where)
+        return Verdict(finding, explained, taken, after, extra, share, sure, ratio, where)
 
     def _excess_of(self, finding: Finding, before: Ints, after: Ints) -> tuple[Floats, float]:
         """Seconds too long of the finding's ranks [after, rows], and what they should take on average."""
-        rows, values = np.array(finding.rows), self.features[finding.feature]
+        rows, values = np.array(finding.rows), self._part(finding.feature)
         if finding.standing:
             like = np.setdiff1d(np.flatnonzero(self.topology.kind == self.topology.kind[rows[0]]), rows)
             others = median(values[np.ix_(after, like)], axis=1)[:, None]
@@ -338,7 +349,7 @@ class Examiner:
     def _extra_of(self, finding: Finding, after: Ints, own: Floats) -> Floats:
         """The excess as a share of each step's self time: taking it out leaves the rank its usual noise."""
         rows = np.array(finding.rows)
-        values = np.nan_to_num(self.features[finding.feature][np.ix_(after, rows)])
+        values = np.nan_to_num(self._part(finding.feature)[np.ix_(after, rows)])
         total = values.sum(axis=0)
         part = np.clip(np.nansum(own, axis=0) / np.where(total > 0, total, np.inf), 0, 1)
         extra = np.zeros((len(after), len(self.topology)))
@@ -362,19 +373,32 @@ class Examiner:
         needed = policy.WORTH_KEEPING if confirmed(best) else policy.UNCONFIRMED_COST
         return length >= policy.SHORTEST_ENDED_STEPS and cost >= needed
 
-    def cost_ratio(self, after: Ints, extra: Floats, at_begin: bool = False) -> float | None:
-        """Mean step time over what the same steps would have taken without this self time [after, ranks]."""
-        late, loading = (np.zeros_like(extra), extra) if at_begin else (extra, np.zeros_like(extra))
+    def cost_ratio(
+        self, after: Ints, extra: Floats, at_begin: bool = False, before: Ints | None = None
+    ) -> float | None:
+        """Mean step time over what the same steps would have taken without this self time [after, ranks].
+
+        before: steps that tell where within the step it lies; without them it is taken to be spread over the step, or to
+        lie before its first collective.
+        """
+        if at_begin or before is None:
+            return self.cost_of(after, extra, at_begin, None)
+        return self.cost_of(after, extra, False, Where.of(self.frame, before, after, extra))
+
+    def cost_of(self, after: Ints, extra: Floats, at_begin: bool, where: Where | None) -> float | None:
+        """The same for an excess that is known to lie somewhere."""
         touched = (extra > 0).any(axis=1)
-        if 0 < touched.sum() < 0.5 * len(after):
+        seldom = 0 < touched.sum() < NOW_AND_THEN * len(after)
+        steps, lost = (after[touched], extra[touched]) if seldom else (after, extra)
+        seconds = replay.without(self.frame, steps, [replay.Excess(lost, at_begin, where)])
+        if seconds is not None and seldom:
             # What comes now and then is replayed where it came; the other steps stay as they are.
-            seconds = replay.step_seconds(self.frame, late[touched], after[touched], loading=loading[touched])
             whole = float(np.nansum(mean(self.frame.duration[after], axis=1)))
-            if seconds is not None:
-                saved = (seconds[0] - seconds[1]) * int(touched.sum())
-                return whole / (whole - saved) if whole > saved else None
-        ratio = replay.step_ratio(self.frame, late, after, loading=loading)
-        return replay.without_graph(self.usual[after], extra) if ratio is None else ratio
+            saved = (seconds[0] - seconds[1]) * int(touched.sum())
+            return whole / (whole - saved) if whole > saved else None
+        if seconds is not None and seconds[1] > 0:
+            return seconds[0] / seconds[1]
+        return replay.without_graph(self.usual[after], extra)
 
     def step_seconds(self, steps: Ints) -> float | None:
         """Mean duration of these steps over all ranks."""

@@ -26,6 +26,7 @@ from lens.diagnosis import (
 from lens.diagnosis.examine import Examiner, Verdict
 from lens.diagnosis.network import LinkVerdict
 from lens.diagnosis.notices import Cause, Family, Notice
+from lens.diagnosis.parts import WITHIN
 from lens.diagnosis.signatures import confirmed
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -98,7 +99,7 @@ class Judge:
 def _explains(notice: Notice, verdict: Verdict, index: int) -> bool:
     """Whether a slow rank is what a noticed cause does: there, then, and in a part of the step that it touches."""
     finding = verdict.finding
-    if finding.feature not in CAUSES[notice.cause].absorbs:
+    if WITHIN.get(finding.feature, finding.feature) not in CAUSES[notice.cause].absorbs:
         return False
     if notice.rows and not set(finding.rows) <= set(notice.rows):
         return False

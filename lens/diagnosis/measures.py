@@ -221,6 +221,7 @@ MEASURES: dict[str, Callable[[Scene], Measure]] = {
     "compute": _time("compute", "comm.self", "its own compute time per step"),
     "data": _time("data", "phase.duration", "its data phase"),
     "h2d": _time("h2d", "phase.duration", "its copies to the card"),
+    "optimizer": _time("optimizer", "phase.duration", "its optimizer step"),
     "host": _time("host", "comm.self", "its time between the phases"),
     "tokens": _work(_tokens, "train.tokens", "tokens per step"),
     "seq_sq": _work(_squares, "train.sequence.squared", "squared sequence length"),

@@ -8,6 +8,17 @@ from lens.diagnosis.arrays import Floats
 from lens.diagnosis.decompose import APART_PHASES, COMPUTE_PHASES, COPY_PHASES, LOADING_PHASES, SECONDS, Frame
 from lens.slots import NULL
 
+WITHIN = {"optimizer": "compute"}
+"""Parts that are watched by themselves too, each with the part that it lies in: noise grows with the length of what it
+disturbs, so what is new in a short part is seen long before it shows in the whole."""
+
+
+def parts_within(frame: Frame) -> dict[str, Floats]:
+    """The self times of `WITHIN` that are known apart from the rest of their part."""
+    if not len(frame.collectives) and not frame.wait:
+        return {}
+    return {name: frame.own[name] for name in WITHIN if name in frame.own}
+
 
 def parts_of_step(frame: Frame) -> dict[str, Floats]:
     """The self times that are watched: compute, data, h2d (copies to the card) and host (what lies between phases and

@@ -143,7 +143,7 @@ class Pauses:
         after = steps[onset:]
         extra = np.zeros((len(after), spent.shape[1]))
         extra[:, rows] = np.maximum(spent[onset:, rows] - [e.before for e in together], 0)
-        ratio = self.run.cost_ratio(after, extra)
+        ratio = self.run.cost_ratio(after, extra, before=steps[:onset])
         if ratio is None or ratio - 1 < policy.WORTH_KEEPING:
             return None
         pauses = spent[onset:, rows][spent[onset:, rows] >= 0.3 * lead.pause]

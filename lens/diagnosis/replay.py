@@ -7,19 +7,21 @@ slow rank that nobody waits for costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from lens.diagnosis import policy
 from lens.diagnosis.arrays import Array, Floats, Ints, starts_of
 from lens.diagnosis.decompose import SECONDS, Frame
+from lens.diagnosis.segments import Where
 from lens.slots import NULL
 
 
-def step_ratio(
-    frame: Frame, extra: Floats, steps: Ints, less: Floats | None = None, loading: Floats | None = None
-) -> float | None:
+def step_ratio(frame: Frame, extra: Floats, steps: Ints, less: Floats | None = None) -> float | None:
     """Mean step time as it was over mean step time without what was too long; None without a replay."""
-    seconds = step_seconds(frame, extra, steps, less, loading)
+    seconds = step_seconds(frame, extra, steps, less)
     return seconds[0] / seconds[1] if seconds is not None and seconds[1] > 0 else None
 
 
@@ -30,13 +32,14 @@ def step_seconds(
     less: Floats | None = None,
     loading: Floats | None = None,
     ahead: Floats | None = None,
+    behind: Floats | None = None,
 ) -> tuple[float, float] | None:
     """Mean step time as it was, and without the extra self time and transfer.
 
     extra: seconds that each rank took too long, spread over the step's self time [steps given, ranks]. steps: places
     of these steps. less: seconds that each transfer took too long [rows of Collectives]. loading: as extra, before the
     step's first collective. ahead: seconds that the self time right before each collective took too long, below 0 where
-    it took too little [rows of Collectives].
+    it took too little [rows of Collectives]; behind: the same after the last collective [steps given, ranks].
     None where the records do not allow a replay (no collectives).
     """
     collectives, pieces = frame.collectives, frame.pieces
@@ -74,9 +77,40 @@ def step_seconds(
     )
     if ahead is not None:
         lessened = np.maximum(lessened - ahead[rows], 0)
+    if behind is not None:
+        tail_lessened = np.maximum(tail_lessened - behind[chosen].reshape(-1)[chain[first]], 0)
     shorter = transfer if less is None else np.maximum(transfer - less[rows], 0)
     now, fixed = graph.step_times(own, tail, transfer), graph.step_times(lessened, tail_lessened, shorter)
     return float(now.mean()), float(fixed.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Excess:
+    """Self time too long in some steps. extra: seconds [steps given, ranks]. at_begin: it lies before each step's first
+    collective; where: else in which stretches, None where it is spread over the step."""
+
+    extra: Floats
+    at_begin: bool = False
+    where: Where | None = None
+
+
+def without(frame: Frame, steps: Ints, excesses: Sequence[Excess]) -> tuple[float, float] | None:
+    """Mean step time as it was, and without all of these; None where the records do not allow a replay."""
+    if not len(frame.collectives) or not len(steps):
+        return None
+    spread, loading, behind = np.zeros((3, len(steps), frame.shape[1]))
+    ahead: Floats | None = None
+    for excess in excesses:
+        if excess.at_begin:
+            loading += excess.extra
+        elif excess.where is None:
+            spread += excess.extra
+        else:
+            early, late, rest = excess.where.seconds(frame, steps, excess.extra)
+            ahead = early if ahead is None else ahead + early
+            behind += late
+            spread += rest
+    return step_seconds(frame, spread, steps, None, loading, ahead, behind)
 
 
 def _sample(frame: Frame, steps: int) -> Ints:

@@ -15,7 +15,7 @@ from lens.diagnosis.scenes import Measure
 from lens.diagnosis.signatures import UNEXPLAINED_ADVICE, UNMOVED, Explained
 
 SEVERITY_ORDER = {"error": 0, "warning": 1, "info": 2}
-PRIMARY_METRIC = {"compute": "compute", "data": "data", "h2d": "h2d", "host": "host"}
+PRIMARY_METRIC = {"compute": "compute", "optimizer": "optimizer", "data": "data", "h2d": "h2d", "host": "host"}
 MOST_AGAINST = 4
 
 Hypothesis = dict[str, Any]
@@ -251,6 +251,7 @@ def _sentence(
     several = len(ranks) > 1
     part = {
         "compute": "compute" if several else "computes",
+        "optimizer": "take in the optimizer" if several else "takes in the optimizer",
         "data": "wait for their own data" if several else "waits for its own data",
         "h2d": "copy to their cards" if several else "copies to its card",
         "host": "spend time between phases" if several else "spends time between phases",

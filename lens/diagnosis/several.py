@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lens.diagnosis import policy, replay
-from lens.diagnosis.arrays import Floats, Ints
+from lens.diagnosis.arrays import Ints
+from lens.diagnosis.parts import WITHIN
 from lens.diagnosis.signatures import confirmed
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def joint_ratio(run: Examiner, verdicts: list[Verdict], after: Ints | None = Non
     """Mean step time over what it would be without all of these findings, in some steps (those of the costliest where none
     are given); None without a replay."""
     after = max(verdicts, key=lambda v: v.share).after if after is None else after
-    late, loading = _excess(run, verdicts, after)
-    return replay.step_ratio(run.frame, late, after, loading=loading)
+    seconds = replay.without(run.frame, after, [_within(run, verdict, after) for verdict in verdicts])
+    return seconds[0] / seconds[1] if seconds is not None and seconds[1] > 0 else None
 
 
 def _once_a_rank(judged: list[Verdict]) -> list[Verdict]:
@@ -81,7 +82,7 @@ def _once_a_rank(judged: list[Verdict]) -> list[Verdict]:
 def _reaches(one: Verdict, other: Verdict) -> bool:
     """Whether the cause of either finding also shows in the other's part of the step: then it is one cause, or unclear."""
     causes = one.explained[0].signature, other.explained[0].signature
-    parts = other.finding.feature, one.finding.feature
+    parts = (WITHIN.get(part, part) for part in (other.finding.feature, one.finding.feature))
     return any(cause is None or part in cause.features for cause, part in zip(causes, parts, strict=True))
 
 
@@ -98,10 +99,9 @@ def _overlap(one: Verdict, other: Verdict) -> bool:
     return together >= 0.5 * min(len(one.after), len(other.after))
 
 
-def _excess(run: Examiner, verdicts: list[Verdict], after: Ints) -> tuple[Floats, Floats]:
-    """Seconds too long of all ranks, spread over the step and before its first collective [after, ranks]."""
-    late, loading = np.zeros((2, len(after), run.frame.shape[1]))
-    for verdict in verdicts:
-        _, mine, theirs = np.intersect1d(after, verdict.after, return_indices=True)
-        (loading if verdict.at_begin else late)[mine] += verdict.extra[theirs]
-    return late, loading
+def _within(run: Examiner, verdict: Verdict, after: Ints) -> replay.Excess:
+    """What a finding costs in these steps, as far as it is among them."""
+    extra = np.zeros((len(after), run.frame.shape[1]))
+    _, mine, theirs = np.intersect1d(after, verdict.after, return_indices=True)
+    extra[mine] = verdict.extra[theirs]
+    return replay.Excess(extra, verdict.at_begin, verdict.where)

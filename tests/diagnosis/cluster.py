@@ -257,7 +257,11 @@ class Simulation:
         if c.pipe:
             self._phase(step, "other", lambda: self._pass_on(step, 0.08 * c.step_s))
         self._phase(step, "backward", backward)
-        self._phase(step, "optimizer", lambda: self._busy(0.04 * c.step_s / self.speed * self._jitter(0.05)))
+        update = 0.04 * c.step_s / self.speed * self._jitter(0.05)
+        for fault in c.faults:
+            if fault.kind == "update" and fault.active(step):
+                update[list(fault.ranks)] += fault.strength * c.step_s
+        self._phase(step, "optimizer", lambda: self._busy(update))
         self._meet(step, "world", "all_reduce", "optimizer", -1, 0.01 * c.step_s)
         if c.checkpoint_every and step % c.checkpoint_every == c.checkpoint_every - 1:
             saving = c.step_s * 2 * self._jitter(0.2)
