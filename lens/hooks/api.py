@@ -9,10 +9,9 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from lens.hooks import process
-from lens.hooks.automatic import timed_next
 from lens.hooks.guard import warn
+from lens.hooks.marked import Phase
 from lens.hooks.session import Session
-from lens.hooks.timeline import Phase
 from lens.ring_files import RecorderError
 from lens.settings import Settings, SettingsError
 
@@ -111,10 +110,10 @@ def step(
         seq_sq: sum of squared sequence lengths, which attention cost follows.
     """
     session = _session
-    if session is None or not session.timeline.here():
+    if session is None:
         return _NOTHING
     try:
-        return session.new_step(number, tokens, micro_batches, seq_sq)
+        return session.new_step(number, tokens, micro_batches, seq_sq) or _NOTHING
     except Exception as error:
         session.timeline.part.fail(error)
         return _NOTHING
@@ -282,7 +281,7 @@ class _Waits:
         while True:
             session = _session
             try:
-                item = next(source) if session is None else timed_next(session.timeline, next, source)
+                item = next(source) if session is None else session.timeline.wait_for(next, source)
             except StopIteration:
                 return
             yield item

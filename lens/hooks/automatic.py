@@ -114,22 +114,9 @@ def watch_loaders(timeline: Timeline) -> None:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        return timed_next(timeline, original, self)
+        return timeline.wait_for(original, self)
 
     timeline.part.patch(iterator, "__next__", wrapper)
-
-
-def timed_next(timeline: Timeline, fetch: Callable[[Any], Any], source: Any) -> Any:
-    """``fetch(source)``, with the wait recorded as phase data."""
-    if not timeline.begin_wait():
-        return fetch(source)
-    arrived = False
-    try:
-        batch = fetch(source)
-        arrived = True
-        return batch
-    finally:
-        timeline.end_wait(arrived)
 
 
 def _nothing(*_: Any) -> None:

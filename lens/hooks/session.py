@@ -13,12 +13,13 @@ from lens.hooks.collectives import Collectives
 from lens.hooks.experts import Experts
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
+from lens.hooks.marked import Phase
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
 from lens.hooks.oom import OutOfMemory
 from lens.hooks.profiling import Profiling
 from lens.hooks.roots import RootSearch, watch_every_optimizer
-from lens.hooks.timeline import Phase, timeline_of
+from lens.hooks.timeline import timeline_of
 from lens.hooks.values import Values
 from lens.hooks.work import WorkDone
 from lens.recorder import Recorder

@@ -10,7 +10,6 @@ of them stands in one place, and what one of them calls never raises, so that no
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 from lens.hooks import native
 from lens.hooks.guard import Part
+from lens.hooks.marked import Step
 from lens.hooks.unseen import leave_alone, unseen
 from lens.recorder import CONTROL_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
 from lens.slots import NULL, PHASE
@@ -176,7 +176,8 @@ class Timeline:
         tokens, micro_batches, seq_sq = self._attributes
         self._recorder.step(
             self.step, self.step_t0, now, tokens, micro_batches, seq_sq,
-            NULL, self.gc_ns - self._gc_before, NULL, self.all_spent() - self._spent_before + _clock() - now,
+            NULL, self.gc_ns - self._gc_before, NULL,
+            self.spent + self.spent_on_collectives + self.spent_on_experts - self._spent_before + _clock() - now,
         )  # fmt: skip
         self.steps += 1
         self.last_step = self.step
@@ -191,11 +192,15 @@ class Timeline:
         self.end_step()
         return True
 
-    def steps_end_with(self, end: Callable[[], Any]) -> Callable[..., AbstractContextManager[Any]]:
+    def steps_end_with(self, end: Callable[[], Any]) -> Callable[..., AbstractContextManager[Any] | None]:
         """Let steps marked by hand end by this where they do not by `end_alone`; what makes such steps, of the arguments
-        of `begin_step`."""
+        of `begin_step`, and None where nothing is recorded."""
         self._end = end
-        return functools.partial(Step, self)
+        return self.new_step
+
+    def new_step(self, *about: int | None) -> Step | None:
+        """A step marked by hand, of the arguments of `begin_step`; None where nothing is recorded."""
+        return Step(self, about) if self.part.on and _this_thread() == self.thread else None
 
     def all_spent(self) -> int:
         """Nanoseconds that the hook has taken since the process was watched."""
@@ -214,7 +219,7 @@ class Timeline:
         recorder, waited = self._recorder, self._waited
         if self.phase:
             self._close_phases(began)
-        self._spent_before = self.all_spent()
+        self._spent_before = self.spent + self.spent_on_collectives + self.spent_on_experts
         self.step = number
         self._next_number = number + 1
         self._gc_before = self.gc_ns
@@ -269,7 +274,24 @@ class Timeline:
 
     def found(self, name: int) -> bool:
         """A phase found by itself begins, if it may; see `enter`."""
-        return self.enter(name, NULL, True)
+        try:
+            if self.phase or self.step == NULL or self._by_hand or self._waiting_since:
+                return self.enter(name, NULL, True)
+            # As a rule: `enter`, with all that needs no asking left out.
+            if _this_thread() != self.thread or not self.part.on:
+                return False
+            now = self._phase_t0 = _clock()
+            self.phase = name
+            self._micro_batch = NULL
+            words = self._recorder.words
+            words[_OPEN_T0] = now
+            words[_OPEN_NAME] = name
+            words[_OPEN_STEP] = self.step
+            self.spent += _clock() - now
+            return True
+        except Exception as error:
+            self.part.fail(error)
+            return False
 
     def around(self, original: Callable[..., Any], phase: int) -> Callable[..., Any]:
         """A function that calls the original in this phase, found by itself."""
@@ -371,50 +393,14 @@ class Timeline:
         except Exception as error:
             self.part.fail(error)
 
-
-class Step:
-    """``with lens.step()``."""
-
-    __slots__ = ("_about", "_timeline")
-
-    def __init__(self, timeline: Timeline, *about: int | None) -> None:
-        self._timeline = timeline
-        self._about = about
-
-    def __enter__(self) -> None:
-        self._timeline.begin_step(*self._about)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        timeline = self._timeline
-        if not timeline.part.on:
-            return
+    def wait_for(self, fetch: Callable[[Any], Any], source: Any) -> Any:
+        """``fetch(source)``, with the wait for it recorded as phase data."""
+        if not self.begin_wait():
+            return fetch(source)
+        arrived = False
         try:
-            if kind is not None:
-                timeline.abandon_step()
-            elif not timeline.end_alone():
-                timeline._end()
-        except Exception as error:
-            timeline.part.fail(error)
-
-
-class Phase:
-    """``with lens.phase(...)``. Keeps nothing of its own while open, so that one object serves all steps."""
-
-    __slots__ = ("_micro_batch", "_name", "_timeline")
-
-    def __init__(self, timeline: Timeline, name: str, micro_batch: int | None) -> None:
-        self._timeline = timeline
-        self._name = timeline.phase_id(name)
-        self._micro_batch = NULL if micro_batch is None else micro_batch
-
-    def __enter__(self) -> None:
-        self._timeline.enter(self._name, self._micro_batch)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        timeline = self._timeline
-        if not timeline.part.on:
-            return
-        if kind is None:
-            timeline.leave()
-        else:
-            timeline.abandon()
+            batch = fetch(source)
+            arrived = True
+            return batch
+        finally:
+            self.end_wait(arrived)

@@ -31,6 +31,8 @@ CALLS = st.one_of(
     st.tuples(st.just("abandon")),
     st.tuples(st.just("begin_wait")),
     st.tuples(st.just("end_wait"), st.booleans()),
+    st.tuples(st.just("wait_for"), st.booleans()),
+    st.tuples(st.just("found"), st.sampled_from(NAMES)),
     st.tuples(st.just("arrive")),
     st.tuples(st.just("end_alone"), st.booleans()),
     st.tuples(
@@ -60,6 +62,13 @@ class Side:
         if name == "enter":
             phase, micro_batch, found = words
             return timeline.enter(timeline.phase_id(phase), micro_batch, found)
+        if name == "found":
+            return timeline.found(timeline.phase_id(words[0]))
+        if name == "wait_for":
+            try:
+                return timeline.wait_for(next, iter(["batch"] if words[0] else []))
+            except StopIteration:
+                return "the loader has ended"
         if name == "end_alone":
             (timeline.errands,) = words
             return timeline.end_alone()
@@ -68,7 +77,11 @@ class Side:
             return self.values.log({f"metric{place}": value for place in range(width)}, step)
         if name == "elsewhere":
             return in_another_thread(
-                lambda: (timeline.here(), timeline.enter(timeline.phase_id(words[0]), 0, True))
+                lambda: (
+                    timeline.here(),
+                    timeline.found(timeline.phase_id(words[0])),
+                    timeline.new_step(1, None, None, None),
+                )
             )
         if name == "while off":
             timeline.part.rest()

@@ -59,7 +59,7 @@ LIBRARIES = {
         ),
         Library(
             "timeline",
-            ("timeline.cpp", "timeline.hpp", "told.hpp"),
+            ("timeline.cpp", "around.hpp", "timeline.hpp", "told.hpp"),
             False,
             "steps and phases are recorded in C",
             "steps and phases are recorded in Python, which costs the training more",

@@ -3,7 +3,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#include "timeline.hpp"
+#include "around.hpp"
 
 namespace lens {
 namespace {
@@ -80,23 +80,24 @@ PyObject* method_arrive(Timeline* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
-PyObject* method_begin_wait(Timeline* self, PyObject*) {
-  if (!self->here() || self->waiting_since || self->phase == self->data) Py_RETURN_FALSE;
-  if (self->step != kNull) return PyBool_FromLong(enter(self, self->data, kNull, false));
-  self->waiting_since = now();
-  note_phase(self, self->data, self->waiting_since, self->next_number);
-  Py_RETURN_TRUE;
-}
+PyObject* method_begin_wait(Timeline* self, PyObject*) { return PyBool_FromLong(begin_wait(self)); }
 
 PyObject* method_end_wait(Timeline* self, PyObject* arrived) {
-  if (!self->waiting_since) {
-    leave(self);
-    Py_RETURN_NONE;
-  }
-  if (arrived == Py_True) self->waited->emplace_back(self->waiting_since, now());
-  self->waiting_since = 0;
-  put(self->words + kPhaseWord, 0);
+  end_wait(self, arrived == Py_True);
   Py_RETURN_NONE;
+}
+
+// wait_for(fetch, source) -> fetch(source), with the wait for it recorded
+PyObject* method_wait_for(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "wait_for(fetch, source)");
+  const bool began = begin_wait(self);
+  PyObject* batch = PyObject_Vectorcall(arguments[0], arguments + 1, 1, nullptr);
+  if (!began) return batch;
+  PyObject *kind, *error, *trace;
+  PyErr_Fetch(&kind, &error, &trace);
+  end_wait(self, batch != nullptr);
+  PyErr_Restore(kind, error, trace);
+  return batch;
 }
 
 PyObject* method_here(Timeline* self, PyObject*) { return PyBool_FromLong(self->here()); }
@@ -165,6 +166,7 @@ extern PyTypeObject kStep;
 
 PyObject* method_new_step(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
   long long words[4];
+  if (!self->here()) Py_RETURN_NONE;
   if (!as_words(arguments, count, words)) return nullptr;
   Step* made = PyObject_New(Step, &kStep);
   if (!made) return nullptr;
@@ -216,85 +218,6 @@ PyTypeObject kStep = [] {
   return type;
 }();
 
-// --- a function with a phase around it --------------------------------------------------------------------------------
-
-struct Around {
-  PyObject_HEAD
-  vectorcallfunc call;
-  PyObject *timeline, *original, *dict;  // dict: what `functools.update_wrapper` says of the original
-  long long phase;
-};
-
-PyObject* around_call(PyObject* object, PyObject* const* arguments, size_t count, PyObject* names) {
-  auto* self = reinterpret_cast<Around*>(object);
-  auto* timeline = reinterpret_cast<Timeline*>(self->timeline);
-  const bool began = enter(timeline, self->phase, kNull, true);
-  PyObject* result = PyObject_Vectorcall(self->original, arguments, count, names);
-  if (began && result) leave(timeline);
-  return result;
-}
-
-int around_traverse(Around* self, visitproc visit, void* arg) {
-  Py_VISIT(self->timeline);
-  Py_VISIT(self->original);
-  Py_VISIT(self->dict);
-  return 0;
-}
-
-void around_dealloc(Around* self) {
-  PyObject_GC_UnTrack(self);
-  Py_CLEAR(self->timeline);
-  Py_CLEAR(self->original);
-  Py_CLEAR(self->dict);
-  PyObject_GC_Del(self);
-}
-
-// It is found where its original was, by the name that it has.
-PyObject* around_reduce(Around* self, PyObject*) {
-  return PyObject_GetAttrString(reinterpret_cast<PyObject*>(self), "__qualname__");
-}
-
-PyMethodDef kAroundMethods[] = {
-    {"__reduce__", reinterpret_cast<PyCFunction>(around_reduce), METH_NOARGS, nullptr},
-    {},
-};
-
-PyGetSetDef kAroundAttributes[] = {
-    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr, nullptr},
-    {},
-};
-
-PyTypeObject kAround = [] {
-  PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
-  type.tp_name = "lens_timeline.Around";
-  type.tp_basicsize = sizeof(Around);
-  type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION;
-  type.tp_doc = "See lens.hooks.timeline.Timeline.around.";
-  type.tp_dealloc = reinterpret_cast<destructor>(around_dealloc);
-  type.tp_traverse = reinterpret_cast<traverseproc>(around_traverse);
-  type.tp_vectorcall_offset = offsetof(Around, call);
-  type.tp_call = PyVectorcall_Call;
-  type.tp_dictoffset = offsetof(Around, dict);
-  type.tp_methods = kAroundMethods;
-  type.tp_getset = kAroundAttributes;
-  return type;
-}();
-
-PyObject* method_around(Timeline* self, PyObject* const* arguments, Py_ssize_t count) {
-  long long phase = 0;
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "around(original, phase)");
-  if (!as_word(arguments[1], phase)) return nullptr;
-  Around* made = PyObject_GC_New(Around, &kAround);
-  if (!made) return nullptr;
-  made->call = around_call;
-  made->timeline = Py_NewRef(reinterpret_cast<PyObject*>(self));
-  made->original = Py_NewRef(arguments[0]);
-  made->dict = nullptr;
-  made->phase = phase;
-  PyObject_GC_Track(made);
-  return reinterpret_cast<PyObject*>(made);
-}
-
 // --- the types ----------------------------------------------------------------------------------------------------
 
 PyMethodDef kMethods[] = {
@@ -317,6 +240,7 @@ PyMethodDef kMethods[] = {
     {"row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_row)), METH_FASTCALL, nullptr},
     {"new_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_new_step)), METH_FASTCALL, nullptr},
     {"steps_end_with", reinterpret_cast<PyCFunction>(method_steps_end_with), METH_O, nullptr},
+    {"wait_for", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_wait_for)), METH_FASTCALL, nullptr},
     {"phase_name", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_phase_name)), METH_FASTCALL, nullptr},
     {},
 };

@@ -207,6 +207,21 @@ void leave(Timeline* self) {
   self->spent += now() - t;
 }
 
+bool begin_wait(Timeline* self) {
+  if (!self->here() || self->waiting_since || self->phase == self->data) return false;
+  if (self->step != kNull) return enter(self, self->data, kNull, false);
+  self->waiting_since = now();
+  note_phase(self, self->data, self->waiting_since, self->next_number);
+  return true;
+}
+
+void end_wait(Timeline* self, bool arrived) {
+  if (!self->waiting_since) return leave(self);
+  if (arrived) self->waited->emplace_back(self->waiting_since, now());
+  self->waiting_since = 0;
+  put(self->words + kPhaseWord, 0);
+}
+
 void begin_step(Timeline* self, long long number, const long long* attributes, long long t) {
   self->steps_by_hand = 1;
   open_step(self, number == kNull ? self->next_number : number, self->waited->empty() ? t : self->waited->front().first);
