@@ -28,6 +28,11 @@ check: $(DEV) ## style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+.PHONY: test-clickhouse
+test-clickhouse: $(DEV) ## the store's tests with a ClickHouse server over HTTP (LENS_CLICKHOUSE_URL=http://host:8123; without it a stand-in)
+	@LENS_CLICKHOUSE_URL=$${LENS_CLICKHOUSE_URL:-stand-in} $(BIN)/python -m pytest $${LENS_CLICKHOUSE_URL:+-p no:xdist} $(ARGS) \
+	  tests/store/test_folder.py tests/store/test_query.py tests/store/test_export.py tests/store/test_sql.py tests/store/test_upkeep.py
+
 prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
 

@@ -44,6 +44,8 @@ class Settings:
     """This rank's device, such as ``host3/gpu1``."""
     data: Path = Path("lens-data")
     """The data folder of a server on this machine; also holds copied rings and spools."""
+    clickhouse: str | None = None
+    """A ClickHouse server that keeps this data folder's tables, ``http://host:8123``; without it the folder does."""
     rings: Path = Path()
     """Where the rings live: memory-backed, private to the user."""
     ring_mib: int = 8

@@ -141,7 +141,7 @@ def open_reader(settings: Settings) -> RunReader:
     except ImportError as error:
         raise missing_extra(error, "server") from error
     try:
-        reader: RunReader = Query.open_folder(settings.data)
+        reader: RunReader = Query.open_folder(settings.data, settings.clickhouse)
     except StoreError as error:
         raise CommandError(str(error), error.hint, UNREACHABLE) from error
     return reader

@@ -162,7 +162,7 @@ def _open(settings: Settings) -> StoreDoor:
     except ImportError as error:
         raise missing_extra(error, "server") from error
     try:
-        store: StoreDoor = Upkeep.open_folder(settings.data)
+        store: StoreDoor = Upkeep.open_folder(settings.data, settings.clickhouse)
     except StoreError as error:
         raise CommandError(str(error), error.hint, UNREACHABLE) from error
     return store

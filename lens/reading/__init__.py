@@ -209,7 +209,7 @@ def _open_source(settings: Settings) -> _Server | _Folder:
     from lens.store.query import Query
 
     try:
-        return _Folder(Query.open_folder(settings.data))
+        return _Folder(Query.open_folder(settings.data, settings.clickhouse))
     except StoreError as error:
         raise ReadingError(str(error), error.hint) from error
 

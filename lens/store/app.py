@@ -73,7 +73,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         folder = store
         if folder is None:
-            folder = await anyio.to_thread.run_sync(DataFolder, settings.data, limits)
+            folder = await anyio.to_thread.run_sync(DataFolder, settings.data, limits, settings.clickhouse)
         worker = DiagnosisWorker()
         app.state.folder, app.state.live = folder, LiveFeed()
         app.state.query = Query(folder, worker.evaluate, prices)

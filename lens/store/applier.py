@@ -6,6 +6,7 @@ has come further since holds the group's rows already. Each insert is one part: 
 
 Why not ``insert_deduplication_token``: MergeTree notes the token before it renames the part into place. A process
 killed between the two leaves a token without rows, and the repeated insert is then dropped: acknowledged data lost.
+A cluster's replicated tables note it together with the part, in their Keeper: there the token decides (`Store.begin_group`).
 """
 
 from __future__ import annotations
@@ -276,6 +277,7 @@ class Applier:
 
     def _insert(self, cut: Cut, group: RowGroup, check: bool) -> None:
         newest = self._store.newest_blocks() if check else {}
+        self._store.begin_group(f"{self._log.identity}:{cut.start}:{cut.end}")
         for target in TARGETS:
             if target in group and newest.get(target, 0) <= cut.blocks.get(target, 0):
                 self._store.insert(target, group[target])

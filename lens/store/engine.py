@@ -2,6 +2,7 @@
 
 The embedded engine is chDB (ClickHouse in this process). One process owns a path; a fork would hang the child's
 first query, so nothing here may be inherited by one. chDB is imported when a store is opened, not with this module.
+A ClickHouse server is asked over HTTP (`clickhouse`) with the same statements.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lens.store.clickhouse import SCHEMES, HttpSession
 from lens.store.errors import StoreError
 from lens.store.schema import MIGRATIONS, TARGETS
 
@@ -22,6 +24,7 @@ CHDB_PREFIX = "chdb://"
 READERS = 4
 MOST_SQL_BYTES = 16 << 20
 """Longest statement of the store's own: a metric of 16,384 cards is named by as many numbers of its series."""
+_ENGINE = "SELECT engine FROM system.tables WHERE database = 'lens' AND name = 'samples'"
 # The engine compiles an expression once it has seen it three times, for 25 to 80 ms. Here almost every question has
 # numbers of its own (a run, a range, a width), so it would compile for ever and answer no faster.
 _SESSION = (
@@ -30,7 +33,7 @@ _SESSION = (
 )
 # One insert must become one part, whatever its size: only then is it there as a whole or not at all.
 _ONE_PART = (
-    " SETTINGS max_threads = 1, max_insert_threads = 1, min_insert_block_size_rows = 1000000000000,"
+    "max_threads = 1, max_insert_threads = 1, min_insert_block_size_rows = 1000000000000,"
     " min_insert_block_size_bytes = 0, max_partitions_per_insert_block = 0"
 )
 
@@ -43,9 +46,13 @@ class Store:
     """
 
     def __init__(self, dsn: str) -> None:
-        if not dsn.startswith(CHDB_PREFIX):
-            raise StoreError(f"cannot open a store at {dsn!r}", "use chdb:///path")
-        self.path = Path(dsn[len(CHDB_PREFIX) :])
+        if not dsn.startswith((CHDB_PREFIX, *(f"{scheme}://" for scheme in SCHEMES))):
+            raise StoreError(f"cannot open a store at {dsn!r}", "use chdb:///path or http://host:8123")
+        self._dsn = dsn
+        self._is_embedded = dsn.startswith(CHDB_PREFIX)
+        self.place = dsn.removeprefix(CHDB_PREFIX) if self._is_embedded else dsn.rpartition("@")[2]
+        """Where it is, for people."""
+        self._group = ""
         self._sessions: list[Any] = []
         self._readers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._write_lock = threading.Lock()
@@ -56,13 +63,14 @@ class Store:
             for _ in range(READERS):
                 self._readers.put(self._open_session())
             self._migrate()
+            self._is_cluster = not self._is_embedded and self.scalar(_ENGINE) == "Distributed"
         except StoreError:
             self.close()
             raise
         except Exception as error:
             # chDB raises bare RuntimeError and its own classes; whichever it is, the folder cannot be used.
             self.close()
-            raise StoreError(f"the database in {self.path} cannot be opened: {error}") from error
+            raise StoreError(f"the database in {self.place} cannot be opened: {error}") from error
 
     def query(self, sql: str, session: Any = None) -> pa.Table:
         """The rows of a SELECT, as columns; in a session of `open_session`, or in one of the store's own.
@@ -83,6 +91,9 @@ class Store:
         """
         session = self.open_session()
         try:
+            if isinstance(session, HttpSession):
+                yield from session.stream(sql, rows)
+                return
             with session.send_query(sql, "Arrow") as found:
                 yield from (batch for batch in found.record_batch(rows) if batch.num_rows)
         except (RuntimeError, pa.ArrowException) as error:
@@ -106,13 +117,25 @@ class Store:
             StoreError: the database refuses or fails; nothing or everything of the rows is in the table.
         """
         columns = TARGETS[target]
-        self._write(f"INSERT INTO lens.{target} ({columns}) SELECT {columns} FROM Python(rows){_ONE_PART}", rows)
+        into = f"INSERT INTO lens.{target} ({columns})"
+        if self._is_embedded:
+            self._write(f"{into} SELECT {columns} FROM Python(rows) SETTINGS {_ONE_PART}", rows)
+        else:
+            self._write(into, rows.select(columns.split(", ")), f"{self._group}:{target}")
+
+    def begin_group(self, name: str) -> None:
+        """What is inserted from now on is of this group: a replicated table takes the same of it once, and drops it when
+        it comes again."""
+        self._group = name
 
     def newest_blocks(self) -> dict[str, int]:
-        """Number of the newest block inserted into each table; a table never filled is absent.
+        """Number of the newest block inserted into each table; a table never filled is absent, and so is all of a
+        cluster: its tables know by the name of the group whether an insert has happened.
 
         Every insert takes the next number, merging keeps it: this tells whether an insert has happened.
         """
+        if self._is_cluster:
+            return {}
         found = self.query(
             "SELECT table, max(max_block_number) AS newest FROM system.parts WHERE database = 'lens' GROUP BY table"
         )
@@ -157,21 +180,30 @@ class Store:
         finally:
             self._readers.put(session)
 
-    def _write(self, sql: str, rows: pa.Table | None = None) -> None:
+    def _write(self, sql: str, rows: pa.Table | None = None, token: str = "") -> None:
         with self._write_lock:
             try:
-                _run(self._writer, sql, "Null", rows)
+                if rows is not None and isinstance(self._writer, HttpSession):
+                    settings = dict(each.split(" = ") for each in _ONE_PART.split(", "))
+                    self._writer.insert(sql, rows, {**settings, "insert_deduplication_token": token})
+                else:
+                    _run(self._writer, sql, "Null", rows)
             except StoreError:
                 self._writer = self._renewed(self._writer)
                 raise
 
     def _open_session(self) -> Any:
-        from chdb import session
+        opened: Any
+        if self._is_embedded:
+            from chdb import session
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        opened = session.Session(str(self.path.resolve()))
-        _run(opened, f"SET {_SESSION}", "Null")
+            path = Path(self.place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = session.Session(str(path.resolve()))
+        else:
+            opened = HttpSession(self._dsn)
         self._sessions.append(opened)
+        _run(opened, f"SET {_SESSION}", "Null")
         return opened
 
     def _migrate(self) -> None:
@@ -182,8 +214,13 @@ class Store:
         self.version = int(self.scalar("SELECT max(version) FROM lens.migrations") or 0)
         if self.version > len(MIGRATIONS):
             raise StoreError(
-                f"{self.path} was written by a newer lens (schema {self.version}, this one knows {len(MIGRATIONS)})",
+                f"{self.place} was written by a newer lens (schema {self.version}, this one knows {len(MIGRATIONS)})",
                 "upgrade lens, or use another data folder",
+            )
+        if self.version < len(MIGRATIONS) and self.scalar(_ENGINE) == "Distributed":
+            raise StoreError(
+                f"{self.place} is a cluster with tables of an older lens (schema {self.version})",
+                "bring them up to date: lens store init --cluster NAME --apply URL",
             )
         for version, statements in enumerate(MIGRATIONS[self.version :], self.version + 1):
             for statement in statements:
@@ -201,6 +238,8 @@ def _run(session: Any, sql: str, output: str, rows: pa.Table | None = None) -> A
     # `rows` is not unused: chDB finds the table of Python(rows) by its name in this frame.
     try:
         return session.query(sql, output)
+    except StoreError:
+        raise
     except Exception as error:
         # chDB has no class of its own for a refused query.
         raise StoreError(f"the database refused: {str(error)[:500]}") from error

@@ -5,7 +5,8 @@ data/
   lock          held by the one process that owns the folder
   server.json   where that process serves it
   log/          write-ahead log (`log`), and how far the database is
-  chdb/         the database (`engine`)
+  chdb/         the database (`engine`), or
+  clickhouse    the address of the server that keeps the tables
 """
 
 from __future__ import annotations
@@ -64,15 +65,22 @@ class Receipt:
     """Whether it had been taken before, and so was not taken again."""
 
 
+def embedded(path: Path) -> str:
+    """The database in a folder."""
+    return f"chdb://{(path / 'chdb').resolve()}"
+
+
 class DataFolder:
     """An open data folder. Thread-safe.
+
+    `dsn` is a ClickHouse server that is this folder's alone, in the place of the database in it.
 
     Raises:
         FolderOwnedError: another process has it open.
         StoreError: it cannot be opened.
     """
 
-    def __init__(self, path: Path, limits: Limits | None = None) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None, dsn: str | None = None) -> None:
         self.path = path
         self.limits = limits or Limits()
         self.ownership = Ownership(path)
@@ -80,7 +88,8 @@ class DataFolder:
         self.arrivals = Arrivals()
         try:
             self.log = Log(path / "log")
-            self.store = Store(f"chdb://{(path / 'chdb').resolve()}")
+            self._check_place(dsn)
+            self.store = Store(dsn or embedded(path))
             self.registry = Registry.load(self.store)
             pointer = path / "log" / "applied.json"
             recovered, fresh = self._replay(read_pointer(pointer))
@@ -94,6 +103,24 @@ class DataFolder:
             raise
         # A process that ends with the database open may crash or hang in the engine's own exit handlers.
         atexit.register(self.close)
+
+    def _check_place(self, dsn: str | None) -> None:
+        """Note which server keeps the tables: opened without it, the folder would look empty.
+
+        Raises:
+            StoreError: another keeps them.
+        """
+        note = self.path / "clickhouse"
+        place = None if dsn is None else dsn.rpartition("@")[2].removeprefix("http://").removeprefix("https://")
+        known = note.read_text() if note.exists() else None
+        if known is None and place is not None and (self.path / "chdb").exists():
+            raise StoreError(f"{self.path} keeps its own tables", "name an empty folder with --data")
+        if known is not None and known != place:
+            raise StoreError(
+                f"the tables of {self.path} are kept by {known}", f"set LENS_CLICKHOUSE=http://{known}"
+            )
+        if place is not None:
+            note.write_text(place)
 
     def describe_run(self, described: Any) -> tuple[Run, bool]:
         """Take a description of a run; returns the run, and whether it is new. On disk when this returns.

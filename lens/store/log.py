@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import struct
 import threading
 import zlib
@@ -70,6 +71,8 @@ class Log:
         self._file = os.open(self._path(self._base), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._end = self._base + self._cut_torn_tail()
         self._durable = self._end
+        self.identity = _identity(folder)
+        """A name that no other log has: offsets say which entry is meant only together with it."""
         _sync_folder(folder)
 
     @property
@@ -245,6 +248,18 @@ def _write_all(file: int, *parts: bytes) -> None:
             written -= len(views.pop(0))
         if views:
             views[0] = views[0][written:]
+
+
+def _identity(folder: Path) -> str:
+    path = folder / "id"
+    if not path.exists():
+        partial = path.with_suffix(".new")
+        with partial.open("w") as file:
+            file.write(secrets.token_hex(8))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    return path.read_text()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -62,8 +62,8 @@ class Query:
         self._answers_lock = threading.Lock()
 
     @classmethod
-    def open_folder(cls, path: Path | str) -> Query:
-        """Reads of a folder that no server owns; what a crash left in its log is put into the database first.
+    def open_folder(cls, path: Path | str, dsn: str | None = None) -> Query:
+        """Reads of a folder that no server owns, its tables in it or at `dsn`; what a crash left in its log is put into the database first.
 
         Raises:
             FolderOwnedError: a server owns it; its `url` answers instead.
@@ -72,7 +72,7 @@ class Query:
         path = Path(path)
         if not path.is_dir():
             raise StoreError(f"there is no data folder {path}", "name one with --data, or start: lens demo")
-        query = cls(DataFolder(path))
+        query = cls(DataFolder(path, dsn=dsn))
         try:
             query._folder.settle()
         except StoreError:

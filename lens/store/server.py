@@ -59,7 +59,7 @@ def serve(
     sys.setswitchinterval(0.0005)
     listener = _listen(host, port)
     try:
-        folder = DataFolder(settings.data, limits)
+        folder = DataFolder(settings.data, limits, settings.clickhouse)
     except BaseException:
         listener.close()
         raise

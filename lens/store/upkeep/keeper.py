@@ -54,14 +54,14 @@ class Upkeep:
         self._threads: list[threading.Thread] = []
 
     @classmethod
-    def open_folder(cls, path: Path) -> Upkeep:
+    def open_folder(cls, path: Path, dsn: str | None = None) -> Upkeep:
         """The care of a folder that no server owns, for a while; `close` gives it back.
 
         Raises:
             FolderOwnedError: a server owns it.
             StoreError: it cannot be opened.
         """
-        return cls(DataFolder(path))
+        return cls(DataFolder(path, dsn=dsn))
 
     def close(self) -> None:
         """Finish what was begun, then give the folder back (only after `open_folder`)."""
