@@ -53,7 +53,7 @@ prove-store: $(DEV) ## the store, duckdb, sqlite, trackio, TensorBoard and wandb
 prove-day: $(DEV) ## a day of 1,024 ranks × 20 metrics × 0.1 Hz in minutes, and 1,000 agents at once: memory, disk, questions (SCALE=1)
 	@$(BIN)/python benchmarks/day.py --scale $(SCALE) --out docs/proofs/day.md $(ARGS)
 
-prove-api: $(DEV) ## 20,000 bad bodies and a minute of schemathesis: any server error, any good record lost? (5 minutes)
+prove-api: $(DEV) ## 20,000 bad bodies and 20,000 cases of schemathesis: any server error, any good record lost? (15 minutes)
 	@$(BIN)/python benchmarks/api_robustness.py --out docs/proofs/api.md $(ARGS)
 
 prove-attach: $(DEV) ## attaches refused, with words and times; and what one leaves behind: nothing (10 minutes)
