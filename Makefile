@@ -33,7 +33,7 @@ test-clickhouse: $(DEV) ## the store's tests with a ClickHouse server over HTTP 
 	@LENS_CLICKHOUSE_URL=$${LENS_CLICKHOUSE_URL:-stand-in} $(BIN)/python -m pytest $${LENS_CLICKHOUSE_URL:+-p no:xdist} $(ARGS) \
 	  tests/store/test_folder.py tests/store/test_query.py tests/store/test_export.py tests/store/test_sql.py tests/store/test_upkeep.py
 
-prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers (minutes)
+prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers, TRL, Lightning, accelerate, Megatron-LM (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
 
 prove-coverage: $(DEV) ## who calls a collective, and is it seen: caller by collective, both tiers, 2 and 4 ranks (1 minute)
@@ -101,7 +101,7 @@ $(DEV): $(RUN)
 	@touch $@
 
 $(PROVE): $(DEV)
-	@echo "installing what is trained besides plain torch: transformers and accelerate, about 150 MB"
+	@echo "installing what is trained besides plain torch: transformers, accelerate, TRL, Lightning, Megatron-LM's core, about 400 MB"
 	@$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" -e '.[prove]'
 	@touch $@
 
@@ -111,3 +111,7 @@ prove-faults: $(DEV) ## real processes stopped, throttled, killed, cut off: caus
 
 prove-calm: $(DEV) ## slow checkpoints, long evaluations, real compilations: is a run that is well ever called hung? (30 minutes)
 	@$(BIN)/python benchmarks/no_false_hang.py --minutes 30 --out docs/proofs/no_false_hang.md $(ARGS)
+
+.PHONY: prove-routers
+prove-routers: $(PROVE) ## 20 families of routers on their real classes; models compiled whole, DDP, FSDP2: counts, requests, losses (6 minutes)
+	@$(BIN)/python benchmarks/routers.py --out docs/proofs/routers.md $(ARGS)

@@ -1,8 +1,8 @@
 """Real programs without a line of lens, under ``lens run``, in one run: recorded right, and left as they were?
 
-Each row is a test of tests/hooks/test_unprepared.py: it runs its program alone and under lens, in real processes, and
-compares exit codes, output bit by bit and what was recorded. Takes some minutes; needs `pip install
-'mistrallens[prove]'` for the programs that use transformers and accelerate.
+Each row is a test of tests/hooks/test_unprepared.py or test_frameworks.py: it runs its program alone and under lens, in
+real processes, and compares exit codes, output bit by bit and what was recorded. Takes some minutes; needs `pip install
+'mistrallens[prove]'` for the programs that use a framework.
 
     python benchmarks/real_programs.py [--json] [--out docs/proofs/lens_run.md]
 """
@@ -22,13 +22,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "lightning", "megatron-core")
+TESTS = ("tests/hooks/test_unprepared.py", "tests/hooks/test_frameworks.py")
 Row = tuple[str, str, float]
 
 
 def run(report: Path) -> int:
-    """All tests of the file, long or not; the exit code of pytest."""
-    command = [sys.executable, "-m", "pytest", "tests/hooks/test_unprepared.py", "-m", "long or not long"]
+    """All tests of the files, long or not; the exit code of pytest."""
+    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "long or not long"]
     return subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=False).returncode
 
 
@@ -49,8 +50,8 @@ def document(rows: list[Row]) -> str:
     head = (
         "# Real programs under lens run\n\n"
         f"`make prove-run`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores; {versions}. "
-        "Every row is one test of `tests/hooks/test_unprepared.py`: a program without a line of lens, run alone and "
-        "under `lens run`.\n\n"
+        "Every row is one test of `tests/hooks/test_unprepared.py` or `test_frameworks.py`: a program without a line of "
+        "lens, run alone and under `lens run`, by frameworks also with the one line of a callback.\n\n"
         f"**{passed} of {len(rows)} passed, in one run.**\n\n| test | outcome | |\n|---|---|---|\n"
     )
     return head + "".join(f"| {name} | {outcome} | {seconds:.0f} s |\n" for name, outcome, seconds in rows)

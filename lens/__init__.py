@@ -30,10 +30,16 @@ if TYPE_CHECKING:
         step,
         watch,
     )
+    from lens.hooks.frameworks.accelerate import AccelerateTracker
+    from lens.hooks.frameworks.lightning import LightningCallback
+    from lens.hooks.frameworks.transformers import TransformersCallback
     from lens.reading import StoredRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccelerateTracker",
+    "LightningCallback",
+    "TransformersCallback",
     "attachable",
     "data",
     "detach",
@@ -47,6 +53,13 @@ __all__ = [
     "step",
     "watch",
 ]
+
+_CALLBACKS = {
+    "AccelerateTracker": "accelerate",
+    "LightningCallback": "lightning",
+    "TransformersCallback": "transformers",
+}
+"""Callback -> its file, which imports the framework."""
 
 if sys.platform == "win32":
     raise ImportError(
@@ -78,9 +91,12 @@ def __getattr__(name: str) -> Any:
     # The function itself, and from then on without a detour: these are called in every step.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lens.hooks import api
+    import importlib
 
-    found = globals()[name] = getattr(api, name)
+    file = importlib.import_module(
+        f"lens.hooks.frameworks.{_CALLBACKS[name]}" if name in _CALLBACKS else "lens.hooks.api"
+    )
+    found = globals()[name] = getattr(file, name)
     return found
 
 

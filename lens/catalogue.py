@@ -165,6 +165,9 @@ train.loss.local|1|g||+|Loss of this rank before any reduction
 train.grad_norm|1|g|||Norm of the gradient
 train.grad_norm.local|1|g|||Norm of this rank's gradient before any reduction
 train.lr|1|g|||Learning rate
+train.epoch|1|g|||Passes over the data so far, by the framework's count
+train.tokens.seen|{token}|c|||Tokens that all ranks have trained on so far, by the framework's count
+eval.loss|1|g||+|Loss on data that is not learned from
 train.data_wait|s|c||+|Time spent waiting for the next batch
 train.data.queue_depth|{batch}|g||-|Batches the loader holds ready
 train.checkpoint.duration|s|h||+|Time of one checkpoint
@@ -230,6 +233,7 @@ infer.queue.depth|{request}|g||+|Requests queued
 infer.batch.tokens|{token}|g|kind||Tokens of one forward pass
 infer.batch.size|{request}|g|||Requests of one forward pass
 infer.expert.tokens|{token}|v|layer,kind||Tokens the router sends to each expert in the prefill or decode of one request
+infer.memory.peak|By|g|kind|+|Most device memory allocated in the prefill or decode of a request, where it was more than ever before
 infer.preemptions|{event}|c||+|Requests put back
 infer.speculative.accepted|1|g||-|Drafted tokens that were accepted
 """,

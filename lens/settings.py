@@ -66,6 +66,8 @@ class Settings:
     """Budget of the hook, per cent of step time; past it the hook backs off."""
     native: bool = True
     """Whether the hook may load, and the agent build, what is compiled for this torch (`lens doctor --build`)."""
+    compiled_experts: bool = False
+    """Whether tokens of experts are counted inside compiled modules too, by an addition in their graphs."""
     disabled: bool = False
     """Kill switch: every call of the hook does nothing."""
     alert_webhook: str | None = None

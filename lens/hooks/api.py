@@ -76,19 +76,54 @@ def watch_unprepared() -> None:
     _begin_unprepared(Settings.load, Session.watch_unprepared)
 
 
+def watch_framework(
+    steps_done: int | None,
+    *,
+    run: str | None = None,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Begin to record a training as `watch_unprepared` does, unless it is recorded already, and add what is given.
+
+    Args:
+        steps_done: optimizer steps that the framework has made so far, which number the next one; None: unknown.
+        run, name, config: see `watch`; of the last, numbers and texts are kept.
+    """
+    _begin_unprepared(Settings.load, Session.watch_unprepared, run)
+    session = _session
+    if session is None:
+        return
+    try:
+        plain = {key: value for key, value in (config or {}).items() if isinstance(value, (bool, int, float, str))}
+        changes = {key: value for key, value in (("name", name), ("config", plain or None)) if value is not None}
+        if changes:
+            session.recorder.describe(**changes)
+        session.places.number(steps_done)
+    except Exception as error:
+        session.places.part.fail(error)
+
+
+def number_steps(steps_done: int) -> None:
+    """Let the next step have this number, where none is open."""
+    if _session is not None:
+        _session.places.number(steps_done)
+
+
 def watch_running(settings: Settings) -> None:
     """Begin to record a training that is under way, in the thread that trains; see ``lens attach``."""
     _begin_unprepared(lambda: settings, Session.watch_running)
 
 
-def _begin_unprepared(load: Callable[[], Settings], watch: Callable[[Session], None]) -> None:
+def _begin_unprepared(
+    load: Callable[[], Settings], watch: Callable[[Session], None], run: str | None = None
+) -> None:
     if _refused or _session is not None:
         return
     try:
         settings = load()
         if settings.disabled:
             return
-        watch(_begin(settings, process.describe(settings, {}) | {"run": process.run_id(settings, None)}, {}))
+        watch(_begin(settings, process.describe(settings, {}) | {"run": process.run_id(settings, run)}, {}))
     except (RecorderError, SettingsError) as error:
         _refuse(str(error))
     except Exception as error:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from lens.hooks.compiled import CompiledRouter, nothing_compiled
 from lens.hooks.guard import Part, StandIn
 from lens.hooks.later import is_on_device
 from lens.hooks.routers import Router, classify, find_routers
@@ -19,6 +20,8 @@ _MOST_LENGTHS = 16
 """Numbers of tokens that something is kept for: they may differ with each batch."""
 _MOST_FORMS = 16
 """Forms of a router's output whose meaning is kept: one dimension of tokens is a form of its own for each length."""
+_PASSED_OVER = ("backward", "eval", "rollout", "reward", "checkpoint", "logging")
+"""Phases in which no tokens of a step are routed: what is computed once more, and what is not learned from."""
 
 
 class RouterForward(StandIn):
@@ -68,17 +71,20 @@ class _Table:
 class Experts:
     """The routers of the watched models."""
 
-    def __init__(self, timeline: Timeline, values: Values) -> None:
+    def __init__(self, timeline: Timeline, values: Values, compiled_too: bool) -> None:
         self.part = Part("tokens of experts")
         self._timeline = timeline
         self._values = values
-        self._passed_over = (timeline.phase_id("backward"), timeline.phase_id("eval"))
+        self._passed_over = frozenset(map(timeline.phase_id, _PASSED_OVER))
         self.counted: dict[tuple[int, Any], _Table] = {}
         """Number of experts and device -> counts of this step."""
         self.diverted: dict[tuple[int, Any], _Table] | None = None
         """Counts of what routers return outside the forward pass of a step, while a request is worked on."""
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._rows = 0
+        self._compiled_too = compiled_too
+        self.in_graphs: list[weakref.ref[CompiledRouter]] = []
+        """Routers in compiled modules that count for themselves."""
 
     def watch(self, model: Any) -> None:
         """Count the tokens of this model's routers."""
@@ -90,6 +96,8 @@ class Experts:
                 self._known.add(router.module)
                 self.part.at_end(RouterForward(router, self._rows, self).put())
                 self._rows += 1
+            if self._compiled_too and nothing_compiled():
+                self._watch_compiled(model)
         except Exception as error:
             self.part.fail(error)
 
@@ -124,17 +132,47 @@ class Experts:
 
     def before_step_ends(self) -> None:
         """Record the counts of the step that ends now."""
-        for table in self.counted.values() if self.part.on else ():
-            if table.layers:
-                try:
+        if not self.part.on:
+            return
+        try:
+            for table in self.counted.values():
+                if table.layers:
                     self._record(table)
-                except Exception as error:
-                    self.part.fail(error)
+            for reference in self.in_graphs:
+                router = reference()
+                if router is not None:
+                    self._record_compiled(router)
+        except Exception as error:
+            self.part.fail(error)
 
     def given_by_hand(self) -> None:
         """The training hands over its own counts: these are the ones to keep."""
         if not self.part.gone:
             self.part.switch_off()
+
+    def _watch_compiled(self, model: Any) -> None:
+        for router in find_routers(model, compiled_too=True):
+            parameter = next(router.module.parameters(), None)
+            if router.module in self._known or not router.experts or parameter is None:
+                continue
+            self._known.add(router.module)
+            counting = CompiledRouter(router, parameter.device)
+            self.part.at_end(counting.put())
+            self.in_graphs.append(weakref.ref(counting))
+            self._timeline.errands = True
+
+    def _record_compiled(self, router: CompiledRouter) -> None:
+        t, step, layer = _clock(), self._timeline.step, router.layer
+
+        def write(numbers: list[float]) -> None:
+            if any(numbers):
+                self._values.record_experts(layer, numbers, None, t, step)
+
+        if is_on_device(router.counts):
+            self._values.later.read([router.counts], write)
+        else:
+            write(router.counts.tolist())
+        router.counts.zero_()
 
     def _add(
         self, tables: dict[tuple[int, Any], _Table], router: Router, row: int, kind: str, tensor: Any, experts: int

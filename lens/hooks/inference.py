@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from lens.hooks.automatic import RootForward
+from lens.hooks.drafts import Drafts, MakesDrafts
 from lens.hooks.guard import Part, StandIn
 from lens.hooks.requests import Request, Requests
 from lens.slots import NULL
@@ -66,10 +68,13 @@ class Generate(StandIn):
         if self._compiling() or self._busy or requests is None or not requests.part.on:
             return self._original(*args, **kwargs)
         self._busy = True
-        give_back, request = _nothing, None
+        give_back: list[Callable[[], None]] = []
+        request = None
         try:
             request = requests.request(self._name, None, None, None, _on_device(self._owner))
-            give_back = self._put_pass(requests, request)
+            give_back.append(self._put_pass(requests, request))
+            if hasattr(self._owner, MakesDrafts.NAME):
+                give_back.append(MakesDrafts(self._owner, functools.partial(_drafts_of, request)).put())
             request.__enter__()
         except Exception as error:
             requests.part.fail(error)
@@ -97,15 +102,22 @@ class Generate(StandIn):
         self._pass.request = request
         return _nothing if wrapped else self._pass.put()
 
-    def _leave(self, requests: Requests, give_back: Callable[[], None]) -> None:
+    def _leave(self, requests: Requests, give_back: list[Callable[[], None]]) -> None:
         """Put ``forward`` back, whatever has failed."""
         try:
             requests.divert_experts(None)
             if self._pass is not None:
                 self._pass.request = None
-            give_back()
+            while give_back:
+                give_back.pop()()
         except Exception as error:
             requests.part.fail(error)
+
+
+def _drafts_of(request: Request) -> Drafts:
+    """Tokens are going to be drafted for this request."""
+    request.drafts = Drafts()
+    return request.drafts
 
 
 def _end(request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

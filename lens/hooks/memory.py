@@ -45,6 +45,32 @@ class Memory:
             self._recorder.row(columns, tuple(known.values()), now, step)
 
 
+class StageMemory:
+    """Most device memory allocated while one stage of a request runs.
+
+    The device's own peak is not reset, since whoever trains or serves may be reading it: the peak of a stage is known
+    where it is more than ever before, else it is absent.
+    """
+
+    __slots__ = ("_before", "peak")
+
+    def __init__(self, on_device: bool) -> None:
+        self._before = _peak() if on_device else None
+        self.peak: float | None = None
+        """Bytes."""
+
+    def end(self) -> None:
+        """The stage is over; said once, what comes later does not count."""
+        before, self._before = self._before, None
+        now = _peak() if before is not None else None
+        if before is not None and now is not None and now > before:
+            self.peak = now
+
+
+def _peak() -> float | None:
+    return read_statistics().get("torch.memory.allocated_peak")
+
+
 def read_statistics(device: int | None = None) -> dict[str, float]:
     """Those of the statistics that this torch has, of one device or of the one in use."""
     torch: Any = sys.modules["torch"]

@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from lens.hooks.drafts import Drafts
 from lens.hooks.experts import Experts
 from lens.hooks.guard import Part
 from lens.hooks.kv_cache import kv_bytes
 from lens.hooks.later import is_on_device
+from lens.hooks.memory import StageMemory
 from lens.hooks.timeline import Timeline
 from lens.hooks.values import Values
 from lens.hooks.work import batch_size
@@ -57,11 +59,12 @@ class Moment:
 class Stage:
     """Prefill or decode of one request: from its first forward pass to its last."""
 
-    __slots__ = ("began", "ended", "passes", "tables", "tokens")
+    __slots__ = ("began", "ended", "memory", "passes", "tables", "tokens")
 
-    def __init__(self, began: int) -> None:
+    def __init__(self, began: int, on_device: bool) -> None:
         self.began = began
         self.ended = began
+        self.memory = StageMemory(on_device)
         self.passes = 0
         self.tokens = 0
         self.tables: dict[Any, Any] = {}
@@ -97,6 +100,8 @@ class Request:
         self.stages: dict[str, Stage] = {}
         self.now: Stage | None = None
         """The stage that the forward pass under way belongs to."""
+        self.drafts: Drafts | None = None
+        """What was drafted for it, where tokens are."""
 
     def __enter__(self) -> Request:
         self._requests.running += 1
@@ -120,13 +125,20 @@ class Request:
 
     def pass_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model begins."""
+        if self.drafts is not None and self.drafts.drafting:
+            return  # a model that drafts for itself
         size = batch_size(args, kwargs)
         tokens, length = size if size is not None else (0, 0)
-        prefills = length > 1 and DECODE not in self.stages
+        # Where tokens are drafted, a pass of several tokens is no part of the prompt.
+        prefills = length > 1 and DECODE not in self.stages and self.drafts is None
         kind = PREFILL if prefills or not self.stages else DECODE
         self.now = self.stages.get(kind)
         if self.now is None:
-            self.now = self.stages[kind] = Stage(_clock())
+            for earlier in self.stages.values():
+                earlier.memory.end()
+            self.now = self.stages[kind] = Stage(_clock(), self._on_device)
+        if self.now.passes == 0 and self.drafts is not None and kind == PREFILL:
+            self.drafts.with_prompt = self.drafts.drafted
         self.now.passes += 1
         self.now.tokens += tokens
         if kind == PREFILL and size is not None:
@@ -149,10 +161,16 @@ class Request:
         """All forward passes have ended."""
         held, self._kv = self._kv, None
         self.kv_cache_bytes = kv_bytes(held) if held is not None else None
+        for stage in self.stages.values():
+            stage.memory.end()
         passes = sum(stage.passes for name, stage in self.stages.items() if name == DECODE)
         self.output_tokens = output_tokens if output_tokens is not None else passes + bool(self.stages)
+        drafts = self.drafts
+        if drafts is not None and output_tokens is not None:
+            drafts.accepted = output_tokens - (passes + self.stages[PREFILL].passes) if self.stages else 0
         if self.prompt_tokens is None and PREFILL in self.stages:
-            self.prompt_tokens = self.stages[PREFILL].tokens or None
+            tokens = self.stages[PREFILL].tokens - (drafts.with_prompt if drafts is not None else 0)
+            self.prompt_tokens = tokens or None
 
 
 class Requests:
@@ -214,8 +232,10 @@ class Requests:
             "infer.requests.running": self.running,
             "infer.batch.size": request.batch,
             "infer.kv_cache.bytes": request.kv_cache_bytes,
+            **(request.drafts.numbers() if request.drafts is not None else {}),
         }
         for kind, stage in request.stages.items():
+            values[series_key("infer.memory.peak", {"kind": kind})] = stage.memory.peak
             if stage.tokens:
                 values[series_key("infer.batch.tokens", {"kind": kind})] = stage.tokens / stage.passes
             self._count_experts(kind, stage, now)
@@ -246,6 +266,8 @@ class Requests:
             "output_tokens": request.output_tokens,
             "batch": request.batch,
         }
+        if request.drafts is not None and request.drafts.drafted:
+            attributes |= {"drafted": request.drafts.drafted, "accepted": request.drafts.accepted}
         if request.first is not None and request.first.event is None and request.begin is not None:
             attributes["t_first_token_ns"] = request.first.ns + time.time_ns() - _clock()
         if request.queue_s is not None:

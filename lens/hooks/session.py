@@ -11,6 +11,7 @@ from lens.hooks import automatic, native, process
 from lens.hooks.budget import Budget, Thinned
 from lens.hooks.collectives import Collectives
 from lens.hooks.experts import Experts
+from lens.hooks.frameworks.places import Places
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
 from lens.hooks.marked import Phase
@@ -54,11 +55,12 @@ class Session:
         self.values = Values(self.recorder, self.timeline)
         self.collectives = Collectives(self.recorder, self.timeline, kinds)
         self.observer = Observer(self.recorder, self.timeline, kinds)
-        self.experts = Experts(self.timeline, self.values)
+        self.experts = Experts(self.timeline, self.values, settings.compiled_experts)
         self.memory = Memory(self.recorder)
         self.profiling = Profiling(self.recorder, self.timeline, settings)
         self.out_of_memory = OutOfMemory(self.recorder, self.timeline)
         self.work = WorkDone(self.recorder, self.timeline)
+        self.places = Places(self.timeline, self.values)
         self._requests: Requests | None = None
         self.trains = False
         """Whether an optimizer is watched, or any that comes."""
@@ -88,6 +90,7 @@ class Session:
             self.profiling.part,
             self.out_of_memory.part,
             self.work.part,
+            self.places.part,
         ]
         for part in self.parts:
             part.tell = self._tell_of_failure
@@ -182,7 +185,7 @@ class Session:
 
         Returns whether somebody asks the hook to leave.
         """
-        if self.experts.counted:
+        if self.experts.counted or self.experts.in_graphs:
             self.experts.before_step_ends()
         if self.observer.records:
             self.observer.before_step_ends()
@@ -209,6 +212,7 @@ class Session:
         self._process_watched = True
         automatic.watch_backward(self.timeline)
         automatic.watch_loaders(self.timeline)
+        self.places.install()
 
     def _knows(self, thing: Any) -> bool:
         return any(known() is thing for known in self._watched)
@@ -247,6 +251,7 @@ class Session:
             self.budget.choose(timeline.last_step + 1)
         timeline.errands = bool(
             self.experts.counted
+            or self.experts.in_graphs
             or self.values.later.copies
             or self._roots
             or self.budget.thins

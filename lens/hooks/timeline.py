@@ -67,7 +67,6 @@ class Timeline:
         "_ids",
         "_micro_batch",
         "_names",
-        "_next_number",
         "_outer",
         "_phase_t0",
         "_recorder",
@@ -79,6 +78,7 @@ class Timeline:
         "last_end",
         "last_step",
         "look_at",
+        "next_number",
         "part",
         "phase",
         "spent",
@@ -121,7 +121,8 @@ class Timeline:
         self._ids: dict[str, int] = {}
         self._names = {0: ""}
         self._data = self.phase_id("data")
-        self._next_number = 0
+        self.next_number = 0
+        """Number of the step that follows, where its beginning does not say another."""
         self.steps_by_hand = False
         """Whether the training marks its steps; else the optimizer's step ends them."""
         self._attributes = _NO_ATTRIBUTES
@@ -161,7 +162,7 @@ class Timeline:
             self.steps_by_hand = True
             waited = self._waited
             began = waited[0][0] if waited else now
-            self._open_step(self._next_number if number is None else number, began)
+            self._open_step(self.next_number if number is None else number, began)
             if not (tokens is micro_batches is seq_sq is None):
                 self._attributes = _word(tokens), _word(micro_batches), _word(seq_sq)
             self.spent += _clock() - now
@@ -210,6 +211,18 @@ class Timeline:
         """A step of which only the end was seen is over: the next one begins here."""
         self.last_end = _clock()
 
+    def begin_found(self) -> bool:
+        """Something of the training begins: with it a step, where none is open and none is marked by hand.
+
+        Returns whether it may be noted: not in another thread, nor in a wait for data.
+        """
+        if not self.here() or self._waiting_since:
+            return False
+        if self.step == NULL and not self.steps_by_hand:
+            waited = self._waited
+            self._open_step(self.next_number, self.last_end or (waited[0][0] if waited else _clock()))
+        return True
+
     def abandon_step(self) -> None:
         """An exception left the step: it stays open in the ring, where a post-mortem finds it."""
         self._forget_phases()
@@ -221,7 +234,7 @@ class Timeline:
             self._close_phases(began)
         self._spent_before = self.spent + self.spent_on_collectives + self.spent_on_experts
         self.step = number
-        self._next_number = number + 1
+        self.next_number = number + 1
         self._gc_before = self.gc_ns
         self.step_t0 = began
         self._attributes = _NO_ATTRIBUTES
@@ -250,7 +263,7 @@ class Timeline:
                     return False
                 if self.step == NULL and not self.steps_by_hand:
                     waited = self._waited
-                    self._open_step(self._next_number, self.last_end or (waited[0][0] if waited else _clock()))
+                    self._open_step(self.next_number, self.last_end or (waited[0][0] if waited else _clock()))
             now = _clock()
             recorder, step = self._recorder, self.step
             if self.phase:
@@ -374,7 +387,7 @@ class Timeline:
             words = self._recorder.words
             words[_OPEN_T0] = now
             words[_OPEN_NAME] = self._data
-            words[_OPEN_STEP] = self._next_number
+            words[_OPEN_STEP] = self.next_number
             return True
         except Exception as error:
             self.part.fail(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import nn
 import lens
 from lens.hooks import inference, requests
 from lens.hooks.kv_cache import kv_bytes
-from lens.slots import SPAN, VECTOR
+from lens.slots import ROW, SPAN, VECTOR
 from tests.hooks.ringside import Recorded
 
 Watch = Callable[..., None]
@@ -277,28 +278,41 @@ def test_a_forward_that_is_wrapped_while_generating_is_left_to_whoever_wrapped_i
     assert len(spans(recorded(), "request")) == 3
 
 
-def test_on_a_device_moments_are_compared_once_they_have_passed(
-    watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Event:
-        made: ClassVar[list[Event]] = []
-        ready = False
+class Event:
+    """An event of a device that has passed once `ready` is set."""
 
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
+    made: ClassVar[list[Event]] = []
+    ready = False
 
-        def record(self) -> None:
-            self.at = 10.0 * len(self.made)
-            self.made.append(self)
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
 
-        def query(self) -> bool:
-            return Event.ready
+    def record(self) -> None:
+        self.at = 10.0 * len(self.made)
+        self.made.append(self)
 
-        def elapsed_time(self, later: Event) -> float:
-            return later.at - self.at
+    def query(self) -> bool:
+        return Event.ready
 
+    def elapsed_time(self, later: Event) -> float:
+        return later.at - self.at
+
+
+@pytest.fixture
+def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device whose allocator has this peak, bytes."""
+    bytes_ = [1000]
+    Event.made, Event.ready = [], False
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(inference, "_on_device", lambda _: True)
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats_as_nested_dict", lambda: {"allocated_bytes": {"all": {"peak": bytes_[0]}}}
+    )
+    return bytes_
+
+
+@pytest.mark.usefixtures("peak")
+def test_on_a_device_moments_are_compared_once_they_have_passed(watch: Watch, recorded: Read) -> None:
     model = Generator()
     watch(model)
     model.generate(torch.ones(1, 3, dtype=torch.long), 3)
@@ -307,6 +321,141 @@ def test_on_a_device_moments_are_compared_once_they_have_passed(
     found = recorded()
     assert [value for _, value in found.values("infer.request.ttft")] == pytest.approx([0.010])
     assert [value for _, value in found.values("infer.request.tpot")] == pytest.approx([0.010])
+
+
+def test_the_peak_of_a_stage_is_told_where_it_is_more_than_ever_before(
+    watch: Watch, recorded: Read, peak: list[int]
+) -> None:
+    model, rises = Generator(), {0: 500, 4: 70}  # the prefill of the first request, a decode of the second
+    passes = [0]
+
+    def allocate(*_: Any) -> None:
+        peak[0] += rises.get(passes[0], 0)
+        passes[0] += 1
+
+    model.head.register_forward_hook(allocate)
+    watch(model)
+    for _ in range(2):
+        model.generate(torch.ones(1, 3, dtype=torch.long), 3)
+    Event.ready = True
+    rows = [row["values"] for row in recorded().of(ROW)]
+    told = {key: value for row in rows for key, value in row.items() if key.startswith("infer.memory.peak")}
+    assert sorted(told.values()) == [1500, 1570]
+    assert [
+        sum(key.startswith("infer.memory.peak") for key in row) for row in rows if "infer.batch.size" in row
+    ] == [1, 1]
+
+
+class Guesses:
+    """Drafts so many tokens at each call."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self._counts = iter(counts)
+
+    def get_candidates(self, ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.cat([ids, ids.new_ones(1, next(self._counts))], 1), None
+
+
+class Drafting(Generator):
+    """Generates as transformers does with an assistant; what it accepts is decided beforehand."""
+
+    DRAFTED, ACCEPTED = (3, 3, 2), (2, 0, 1)
+
+    def _get_candidate_generator(self) -> Guesses:
+        return Guesses(list(self.DRAFTED))
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        generator, ids, checked = self._get_candidate_generator(), input_ids, 0
+        for accepted in self.ACCEPTED:
+            candidates, _ = generator.get_candidates(ids)
+            self(candidates[:, checked:])
+            checked = ids.shape[1] + accepted
+            ids = candidates[:, :checked]
+            ids = torch.cat([ids, ids.new_ones(1, 1)], 1)
+        return ids
+
+
+def test_drafted_and_accepted_tokens_are_counted(watch: Watch, recorded: Read, now: list[int]) -> None:
+    model, ids = Drafting(), torch.ones(1, PROMPT, dtype=torch.long)
+    passes = [0]
+
+    def go_on(*_: Any) -> None:
+        now[0] += MS * (DECODE_MS if passes[0] else PREFILL_MS)
+        passes[0] += 1
+
+    model.head.register_forward_hook(go_on)
+    plain, attributes = model.generate(ids), set(vars(model))
+    passes[0] = 0
+    watch(model)
+    assert torch.equal(model.generate(ids), plain)
+    found = recorded()
+    assert set(vars(model)) == attributes
+    drafted, accepted = sum(model.DRAFTED), sum(model.ACCEPTED)
+    assert [value for _, value in found.values("infer.speculative.accepted")] == [accepted / drafted]
+    (request,) = spans(found, "request")
+    told = {key: request["attrs"][key] for key in ("drafted", "accepted", "prompt_tokens", "output_tokens")}
+    assert told == {
+        "drafted": drafted,
+        "accepted": accepted,
+        "prompt_tokens": PROMPT,
+        "output_tokens": accepted + 3,
+    }
+    stages = [
+        (span["name"], span["attrs"]["passes"], span["attrs"]["tokens"]) for span in spans(found, "inference")
+    ]
+    # A pass checks what was drafted, and the token that the pass before has added.
+    assert stages == [("prefill", 1, PROMPT + 3), ("decode", 2, (1 + 3) + (1 + 2))]
+    assert [value for _, value in found.values("infer.request.ttft")] == pytest.approx([PREFILL_MS / 1e3])
+    between = 2 * DECODE_MS / 1e3 / (accepted + 3 - 1)
+    assert [value for _, value in found.values("infer.request.tpot")] == pytest.approx([between])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize("how", ["assistant", "look-up"])
+def test_drafts_of_transformers_are_counted_as_it_counts_them(
+    how: str, watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.generation import candidate_generator
+
+    torch.manual_seed(0)
+    model, ids = of_transformers(None), torch.randint(3, 64, (1, PROMPT)).repeat(1, 2)
+    more: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if how == "assistant":
+        assistant = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in assistant.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.002)
+        more = {"assistant_model": assistant}
+    kind = (
+        candidate_generator.PromptLookupCandidateGenerator
+        if how == "look-up"
+        else candidate_generator.AssistedCandidateGenerator
+    )
+    drafted, accepted = [], []
+    propose, learn = kind.get_candidates, kind.update_candidate_strategy
+
+    def proposed(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        found = propose(self, given, *args, **kwargs)
+        drafted.append(found[0].shape[1] - given.shape[1])
+        return found
+
+    def learned(self: Any, ids: Any, scores: Any, matches: Any) -> Any:
+        accepted.append(int(matches))
+        return learn(self, ids, scores, matches)
+
+    monkeypatch.setattr(kind, "get_candidates", proposed)
+    monkeypatch.setattr(kind, "update_candidate_strategy", learned)
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False, **more)
+    drafted.clear()
+    accepted.clear()
+    watch(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **more), plain)
+    (request,) = spans(recorded(), "request")
+    assert sum(drafted) > 0
+    assert (request["attrs"]["drafted"], request["attrs"]["accepted"]) == (sum(drafted), sum(accepted))
+    assert request["attrs"]["prompt_tokens"] == ids.shape[1]
+    assert request["attrs"]["output_tokens"] == sum(accepted) + len(accepted)
 
 
 def test_what_is_kept_is_read_from_any_cache() -> None:

@@ -80,6 +80,8 @@ PyObject* method_arrive(Timeline* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
+PyObject* method_begin_found(Timeline* self, PyObject*) { return PyBool_FromLong(begin_found(self)); }
+
 PyObject* method_begin_wait(Timeline* self, PyObject*) { return PyBool_FromLong(begin_wait(self)); }
 
 PyObject* method_end_wait(Timeline* self, PyObject* arrived) {
@@ -226,6 +228,7 @@ PyMethodDef kMethods[] = {
     {"all_spent", reinterpret_cast<PyCFunction>(method_all_spent), METH_NOARGS, nullptr},
     {"around", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_around)), METH_FASTCALL, nullptr},
     {"arrive", reinterpret_cast<PyCFunction>(method_arrive), METH_NOARGS, nullptr},
+    {"begin_found", reinterpret_cast<PyCFunction>(method_begin_found), METH_NOARGS, nullptr},
     {"begin_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method_begin_step)), METH_FASTCALL, nullptr},
     {"begin_wait", reinterpret_cast<PyCFunction>(method_begin_wait), METH_NOARGS, nullptr},
     {"end_alone", reinterpret_cast<PyCFunction>(method_end_alone), METH_NOARGS, nullptr},
@@ -251,6 +254,7 @@ PyMemberDef kMembers[] = {
     {"last_end", T_LONGLONG, offsetof(Timeline, last_end), READONLY, nullptr},
     {"last_step", T_LONGLONG, offsetof(Timeline, last_step), READONLY, nullptr},
     {"look_at", T_LONGLONG, offsetof(Timeline, look_at), 0, nullptr},
+    {"next_number", T_LONGLONG, offsetof(Timeline, next_number), 0, nullptr},
     {"part", T_OBJECT, offsetof(Timeline, part), READONLY, nullptr},
     {"phase", T_LONGLONG, offsetof(Timeline, phase), READONLY, nullptr},
     {"spent", T_LONGLONG, offsetof(Timeline, spent), 0, nullptr},

@@ -158,16 +158,19 @@ void open_step(Timeline* self, long long number, long long began) {
   put(word, began);
 }
 
-bool enter(Timeline* self, long long name, long long micro_batch, bool found) {
-  if (found) {
-    if (!self->here() || self->by_hand || self->phase == name || self->waiting_since) return false;
-    if (self->step == kNull && !self->steps_by_hand) {
-      const long long began = self->last_end           ? self->last_end
-                              : self->waited->empty() ? now()
-                                                      : self->waited->front().first;
-      open_step(self, self->next_number, began);
-    }
+bool begin_found(Timeline* self) {
+  if (!self->here() || self->waiting_since) return false;
+  if (self->step == kNull && !self->steps_by_hand) {
+    const long long began = self->last_end           ? self->last_end
+                            : self->waited->empty() ? now()
+                                                    : self->waited->front().first;
+    open_step(self, self->next_number, began);
   }
+  return true;
+}
+
+bool enter(Timeline* self, long long name, long long micro_batch, bool found) {
+  if (found && (self->by_hand || self->phase == name || !begin_found(self))) return false;
   const long long t = now();
   if (self->phase) {
     record_phase(self, self->phase, self->phase_t0, t, self->step, self->micro_batch);

@@ -12,6 +12,9 @@ const PHASES = {
   checkpoint: ["checkpoint", "#f0e442", "#211f00"],
   eval: ["evaluation", "#8a63b8", "#ffffff"],
   logging: ["logging", "#8b6f4e", "#ffffff"],
+  rollout: ["rollout", "#e69f00", "#1f1500"],
+  reward: ["reward", "#d55e00", "#ffffff"],
+  update: ["update", "#3d8fa8", "#04181f"],
   other: ["other", "#6b7682", "#ffffff"],
 };
 export const BETWEEN = "between phases";
