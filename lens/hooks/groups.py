@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lens.hooks import topology
+
 WORLD = "world/0"
 ASKED_FIRST = 64
 """Collectives in a row that the backend must have numbered as expected before it is asked less often."""
@@ -144,12 +146,17 @@ def name_of(group: Any, kinds: Kinds) -> str:
 
 def name_of_members(group: Any, members: list[int], kinds: Kinds) -> str:
     """The name of a group of these global ranks, ascending, that is not the whole world."""
-    known = [
-        f"{kind}/{index}"
+    names = {
+        kind: f"{kind}/{index}"
         for kind, lists in kinds.items()
         for index, listed in enumerate(lists)
         if sorted(listed) == members
-    ]
+    }
+    own = topology.kind_of(group)
+    if own in names:
+        return names[own]
+    taken = topology.kinds_by_identity()
+    known = [name for kind, name in names.items() if kind not in taken]
     position = _position_among_equals(group, members)
     if position < len(known):
         return known[position]

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from lens.hooks.guard import Part
 
 Lists = dict[str, list[list[int]]]
-_MEGATRON = {"dp": "data_parallel", "tp": "tensor_model_parallel", "pp": "pipeline_model_parallel",
-             "ep": "expert_model_parallel", "cp": "context_parallel"}  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """Where Megatron's parallel state has the group of this rank, and what generates the ranks of all of them."""
+
+    getter: str
+    dimensions: str
+    of_experts: bool = False
+    more: Mapping[str, bool] = MappingProxyType({})
+
+
+_MEGATRON = {
+    # Gradients are reduced over context parallel ranks too; without these the group has the same ranks.
+    "dp": _Kind("get_data_parallel_group", "dp-cp", more=MappingProxyType({"with_context_parallel": True})),
+    "tp": _Kind("get_tensor_model_parallel_group", "tp"),
+    "pp": _Kind("get_pipeline_model_parallel_group", "pp"),
+    "cp": _Kind("get_context_parallel_group", "cp"),
+    "ep": _Kind("get_expert_model_parallel_group", "ep", True),
+    "edp": _Kind("get_expert_data_parallel_group", "dp", True),
+}
+_SIZES = {
+    False: {"tp": "tensor_model_parallel", "dp": "data_parallel", "pp": "pipeline_model_parallel",
+            "cp": "context_parallel"},
+    True: {"tp": "expert_tensor_parallel", "dp": "expert_data_parallel", "pp": "pipeline_model_parallel",
+           "ep": "expert_model_parallel"},
+}  # fmt: skip
+"""Of the ranks as dense layers see them, and as experts do."""
 _ORDER = "tp-cp-ep-dp-pp"
 """Megatron's own default; another order shows in the groups of this rank, which are compared."""
 
@@ -68,31 +94,56 @@ def _meshes() -> Iterator[Any]:
     yield from sorted(meshes, key=lambda mesh: -mesh.mesh.numel())
 
 
+def kind_of(group: Any) -> str | None:
+    """What Megatron's parallel state calls this very group: it makes several of the same ranks."""
+    state = _parallel_state()
+    if state is None:
+        return None
+    return next((kind for kind, entry in _MEGATRON.items() if _megatron(state, entry) is group), None)
+
+
+def kinds_by_identity() -> frozenset[str]:
+    """Kinds that belong to one group alone, whatever others have its ranks."""
+    return frozenset(_of_megatron())
+
+
 def _of_megatron() -> Lists:
     """The groups that Megatron's parallel state has made, where its order of ranks is the usual one."""
-    state = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
+    state = _parallel_state()
+    if state is None:
         return {}
     import torch.distributed as dist
 
-    sizes = {kind: _megatron(state, f"get_{name}_world_size") for kind, name in _MEGATRON.items()}
-    dense = {kind: size for kind, size in sizes.items() if kind != "ep"}
-    try:
-        generator = state.RankGenerator(ep=1, order=_ORDER, **dense)
-        found: Lists = {kind: [list(ranks) for ranks in generator.get_ranks(kind)] for kind in dense}
-    except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError):
-        return {}
     own = dist.get_rank()
-    for kind, lists in list(found.items()):
-        group = _megatron(state, f"get_{_MEGATRON[kind]}_group")
+    found: Lists = {}
+    for kind, entry in _MEGATRON.items():
+        group, lists = _megatron(state, entry), _ranks(state, entry)
         mine = next((ranks for ranks in lists if own in ranks), None)
         if group is None or mine is None or sorted(dist.get_process_group_ranks(group)) != sorted(mine):
-            del found[kind]
-    return {kind: lists for kind, lists in found.items() if len(lists[0]) > 1}
+            continue
+        if len(mine) > 1:
+            found[kind] = lists
+    return found
 
 
-def _megatron(state: Any, name: str) -> Any:
+def _parallel_state() -> Any:
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def _ranks(state: Any, entry: _Kind) -> list[list[int]]:
     try:
-        return getattr(state, name)()
-    except (AttributeError, AssertionError):
+        sizes = {
+            kind: getattr(state, f"get_{name}_world_size")() for kind, name in _SIZES[entry.of_experts].items()
+        }
+        generator = state.RankGenerator(**{"ep": 1, "cp": 1, **sizes}, order=_ORDER)
+        return [list(ranks) for ranks in generator.get_ranks(entry.dimensions)]
+    except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError):
+        return []  # of another release
+
+
+def _megatron(state: Any, entry: _Kind) -> Any:
+    try:
+        return getattr(state, entry.getter)(**entry.more)
+    except (AttributeError, TypeError, AssertionError):
         return None

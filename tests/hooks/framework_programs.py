@@ -202,7 +202,8 @@ from megatron.core.timers import Timers
 
 torch.cuda.synchronize = lambda *_: None  # all that keeps its timers from a machine without a card
 dist.init_process_group("gloo")
-parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+parallel_state.initialize_model_parallel(
+    tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)
 torch.manual_seed(0)
 timers = Timers(2, "minmax")
 model = torch.nn.Linear(8, 1)
@@ -218,9 +219,13 @@ for step in range(3):
     torch.autograd.Variable._execution_engine.run_backward(  # as its schedules do
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     timers("backward-compute").stop()
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad, group=parallel_state.get_data_parallel_group())
-        dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+    for group in (
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_expert_data_parallel_group(),
+    ):
+        dist.all_reduce(model.weight.grad, group=group)
     timers("optimizer", log_level=1).start()
     optimizer.step()
     optimizer.zero_grad()

@@ -184,7 +184,17 @@ def test_megatron_core(rings: Path) -> None:
         assert [step["step"] for step in recorded.steps] == [0, 1, 2]
         # The timer's phase, once: what else is found in it belongs to it.
         assert in_steps(recorded) == {"data": 3, "forward": 3, "backward": 3, "optimizer": 3, "checkpoint": 2}
-        assert recorded.about["groups"]["tp"] == [[0, 1], [2, 3]]
+        groups = recorded.about["groups"]
+        assert groups == {
+            "dp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]], "ep": [[0, 1], [2, 3]], "edp": [[0, 2], [1, 3]],
+        }  # fmt: skip
+        own = {
+            kind: f"{kind}/{[recorded.about['rank'] in ranks for ranks in groups[kind]].index(True)}"
+            for kind in groups
+        }
+        # Megatron makes several groups of the same ranks: each call has the name of its own.
+        called = collections.Counter(call["group"] for call in recorded.collectives)
+        assert called == dict.fromkeys(own.values(), 3)
 
 
 def test_importing_lens_imports_no_framework(tmp_path: Path) -> None:
