@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -82,6 +84,7 @@ def create_app(
         app.state.ingest = Ingest(folder, app.state.live, verdicts)
         app.state.recent = bridges.Recent()
         app.state.upkeep = keeper = Upkeep(folder)
+        threading.Thread(target=_load_decoders, name="lens-decoders", daemon=True).start()
         keeper.start()
         verdicts.start()
         if webhook:
@@ -113,6 +116,12 @@ def create_app(
     app.add_api_route("/api/{path:path}", _unknown, methods=_ALL_METHODS, include_in_schema=False)
     app.add_middleware(Access, guard=rules, refusals=refusals)
     return app
+
+
+def _load_decoders() -> None:
+    """What the first batch would wait for."""
+    for name in ("arrow_decode", "slots_decode"):
+        importlib.import_module(f"lens.store.{name}")
 
 
 def _page_of(data: Path, run: str) -> str | None:
