@@ -165,14 +165,15 @@ class Examiner:
     def _with_wholes(self, judged: list[Verdict], index: int) -> list[Verdict]:
         """Hosts and stages that are slow as a whole, in the place of those of their ranks that were seen to be."""
         known = [
-            (whole.rows, change) for whole in self.wholes if (change := whole.change.seen_at(index)) is not None
-        ]
-        for rows, change in sorted(known, key=lambda item: (-len(item[0]), item[0])):
+            (whole.rows, change.onset, change.last, change.noise_by(index))
+            for whole in self.wholes if (change := whole.change.seen_at(index)) is not None
+        ]  # fmt: skip
+        known += wholes.told_sets(judged, self.fates)
+        for rows, onset, last, noise in sorted(known, key=lambda item: (-len(item[0]), *item[:2])):
             within = [v for v in judged if v.finding.feature == "compute" and set(v.finding.rows) & set(rows)]
             if any(set(rows) <= set(v.finding.rows) for v in within):
                 continue
-            noise = change.noise_by(index)
-            found = self._judge(Finding("compute", rows, change.onset, change.last, index, noise, whole=True))
+            found = self._judge(Finding("compute", rows, onset, last, index, noise, whole=True))
             if found is not None:
                 judged = [v for v in judged if v not in within or not set(v.finding.rows) <= set(rows)] + [found]
         return judged

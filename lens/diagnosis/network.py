@@ -46,6 +46,8 @@ SETTLED_STEPS = 32
 WEATHER = 1.5
 """Shared fabrics are slower for a while by some tens of percent: what slows everything, and what no counter confirms, must
 be more than that."""
+STILL_LOSES = 0.5
+"""How surely a port's counters must move for its losses to go on."""
 OWN_SHARE = 0.25
 """A rank whose self time grew by this much of what its transfers did has one problem, not two."""
 
@@ -213,10 +215,23 @@ class Network:
         if len(before) < policy.FIRST_JUDGED_STEPS - 2 or not unit > 0:
             return None
         located, seconds = self._located(unit, before, after)
+        if located is not None and last is not None and self._loses_still(located, before, last, index):
+            # Losses hit transfers by chance: while the port counts them, calm steps are no end.
+            last, after = None, np.arange(onset, index + 1)
+            located, seconds = self._located(unit, before, after)
         if located is None:
             return None
         noise = max(w.change.noise_by(index) for w in together)
         return self._judge(located, seconds, before, after, noise, last, index, load)
+
+    def _loses_still(self, located: Located, before: Ints, last: int, index: int) -> bool:
+        """Whether the ports behind the likeliest place count losses after what seemed to be the last of them."""
+        if index - last < policy.SHORTEST_CHANGE_STEPS:
+            return False
+        window = Window(_window(before, np.arange(last, index + 1)).before, (last + 1, index))
+        counted = hints.moved(self.ports.counters, hints.ERRORS, window)
+        own = self.ports.of_rows(self._rows(located.places[0][0]))
+        return bool(len(own)) and bool(np.nanmax(np.nan_to_num(counted[own])) > STILL_LOSES)
 
     def _located(self, unit: float, before: Ints, after: Ints) -> tuple[Located | None, Floats]:
         """The place that explains most, against the streams' own past or against what their class did meanwhile."""

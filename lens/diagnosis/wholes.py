@@ -7,6 +7,7 @@ its past alone. So much is common to all ranks of a run anyway that only what th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,8 +15,11 @@ from lens.diagnosis import changes, measures, peers
 from lens.diagnosis.arrays import Array, Floats, Ints, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.scenes import MOST_PEERS, Scene
-from lens.diagnosis.signatures import UNMOVED
+from lens.diagnosis.signatures import UNMOVED, confirmed
 from lens.diagnosis.topology import Topology
+
+if TYPE_CHECKING:
+    from lens.diagnosis.examine import Verdict
 
 SAYS = {"power_cap": "power_cap_bit", "thermal_throttle": "thermal_bit", "power_brake": "power_brake_bit"}
 """Causes that a card tells of itself, whatever its peers do, and the measure by which it does."""
@@ -25,6 +29,10 @@ LARGE = 0.25
 """Share of its like from which a set moves their median."""
 EACH = 0.5
 """Share of the set's excess that each of its ranks must show."""
+
+
+MOST = 0.6
+"""Share of a set's ranks that must be seen to be slow one by one before the whole of it is asked."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,31 @@ def told_by_all(scene: Scene, cause: str) -> bool:
     tell = measures.MEASURES[SAYS[cause]]
     levels = [tell(replace(scene, rows=(row,))).level for row in asked]
     return sum(level is not None and level > UNMOVED for level in levels) >= TOLD_BY * len(levels)
+
+
+def told_sets(
+    judged: list[Verdict], fates: list[tuple[str, set[int]]]
+) -> list[tuple[tuple[int, ...], int, int | None, float]]:
+    """Hosts and stages of which most ranks are slow for one reason that their cards tell: rows, onset, end, noise.
+
+    In noise the ranks of one host do not seem to begin together; that their cards say the same makes them one.
+    """
+    told = [v for v in judged if v.finding.last is None and _told_by_card(v)]
+    found: list[tuple[tuple[int, ...], int, int | None, float]] = []
+    for cause in sorted({v.explained[0].cause for v in told}):
+        for kind, places in fates:
+            mine = [v for v in told if v.explained[0].cause == cause and set(v.finding.rows) <= places]
+            onsets = sorted(v.finding.onset for v in mine for _ in v.finding.rows)
+            if kind != "expert" and len(mine) > 1 and len(onsets) >= MOST * len(places):
+                noise = max(v.finding.noise for v in mine)
+                found.append((tuple(sorted(places)), onsets[len(onsets) // 2], None, noise))
+    return found
+
+
+def _told_by_card(verdict: Verdict) -> bool:
+    """Whether ranks are slow for a reason that their own cards tell."""
+    best = verdict.explained[0]
+    return verdict.finding.feature == "compute" and best.cause in SAYS and confirmed(best)
 
 
 def _partitions(topology: Topology) -> list[list[Array]]:

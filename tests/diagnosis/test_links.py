@@ -9,6 +9,9 @@ from cluster import Cluster, Fault
 from helpers import first, verdict
 
 from lens.diagnosis import diagnose
+from sample_runs.cluster import Cluster as Physical
+from sample_runs.cluster import Fault as Loss
+from sample_runs.cluster import Layout, simulate
 
 HOST1 = [4, 5, 6, 7]
 
@@ -124,3 +127,10 @@ def test_a_port_that_was_slow_from_the_start_is_found_by_like_groups() -> None:
     reply = verdict(wide(Fault("link", (5,), 0, 8.0), ports="rank"))
     assert first(reply) == ("slow_link", [5])
     assert reply["hypotheses"][0]["onset_step"] == 0
+
+
+def test_losses_that_the_port_still_counts_are_not_over_in_calm_steps() -> None:
+    lossy = Loss("lossy_link", 42, 2, 5.346)
+    cluster = Physical(Layout(16, ep=4, tp=2), 140, "spiky", (lossy,), 1407294147, 16384, 0.573)
+    found = diagnose(cluster.run(), simulate(cluster).tables)["hypotheses"][0]
+    assert (found["cause"], found["ranks"], found["end_step"]) == ("lossy_link", [2], None)

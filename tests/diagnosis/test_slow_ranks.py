@@ -146,3 +146,12 @@ def test_two_equal_cards_of_which_one_is_slower_for_no_known_reason_are_not_judg
         ranks=4, hosts=2, vendors={"H200": 1.0, "MI400": 1.5}, faults=(Fault("unknown", (1,), 0, 1.4),)
     )
     assert [item["cause"] for item in verdict(cluster)["hypotheses"]] == ["mixed_vendor_imbalance"]
+
+
+@pytest.mark.parametrize("noise", ["drifting", "correlated"])
+def test_a_host_is_one_finding_though_one_of_its_ranks_was_slow_before(noise: str) -> None:
+    host, before = Fault("power_cap", (4, 5, 6, 7), 50, 1.4), Fault("unknown", (5,), 25, 1.15)
+    cluster = Cluster(ranks=32, hosts=8, ep=4, noise=noise, seed=1, steps=100, faults=(host, before))
+    reply = verdict(cluster)
+    assert first(reply) == ("power_cap", [4, 5, 6, 7])
+    assert reply["hypotheses"][0]["slowdown_pct"] > 20
