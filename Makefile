@@ -67,6 +67,21 @@ prove-selftest: $(DEV) ## 329 faults, 60 pairs of faults and 20,000 healthy step
 prove-stacks: $(DEV) ## the stacks of 7,000 running and hanging processes read from outside: right, and without harm? (2 minutes)
 	@$(BIN)/python benchmarks/stacks.py --out docs/proofs/stacks.md $(ARGS)
 
+.PHONY: prove-hook prove-endurance
+prove-hook: $(DEV) ## what the hook costs a step, trackio, wandb, TensorBoard and TraceML beside; what 1,000 cycles leave (20 minutes)
+	@$(BIN)/python -m venv build/peers
+	@build/peers/bin/python -m pip install --disable-pip-version-check -q trackio tensorboard wandb numpy "setuptools<81"
+	@$(BIN)/python -m venv build/traceml
+	@build/traceml/bin/python -m pip install --disable-pip-version-check -q "traceml-ai[dashboard]==0.5.0"
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(build/traceml/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch_of_lens.pth"
+	@$(BIN)/python benchmarks/hook_proof.py --peers build/peers/bin/python --traceml build/traceml/bin/traceml \
+	  --out docs/proofs/hook_overhead.md $(ARGS)
+	@$(BIN)/python benchmarks/hook_leaves.py --out docs/proofs/hook_leaves.md
+
+prove-endurance: $(DEV) ## 10 minutes of 4 ranks while agent, server and disk go and come back: does the training stop? needs root (15 minutes)
+	@$(BIN)/python benchmarks/endurance.py --out docs/proofs/endurance.md $(ARGS)
+
 format: $(DEV) ## rewrite the code in the house's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .

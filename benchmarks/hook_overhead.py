@@ -159,6 +159,32 @@ def back_to_back(count: int, rings: Path) -> float:
     return watched - plain
 
 
+def calls_a_step(rings: Path) -> dict[str, float]:
+    """Frames of Python that lens adds to a step with 11 collectives, and what they call in C: counted, not timed."""
+    step, package, frames, calls = TrainingStep(0.002, COLLECTIVES[0]), str(Path(lens.__file__).parent), 0, 0
+
+    def count(frame: Any, event: str, what: Any) -> None:
+        nonlocal frames, calls
+        code = frame.f_code
+        # But for `lens.log`, which is the training's own call; what is asked of dynamo is asked by lens alone here.
+        ours = code.co_filename.startswith(package) and not (code.co_name == "log" or "values" in code.co_filename)
+        frames += event == "call" and (ours or code.co_name == "is_dynamo_compiling")
+        calls += event == "c_call" and ours
+
+    warm = steps = 20
+    with step.noted(), watching(step, rings):
+        batches = iter(lens.data(step.batches()))
+        for number in range(warm + steps):
+            if number >= warm:
+                sys.setprofile(count)
+            try:
+                step.run(batches, True)
+            finally:
+                sys.setprofile(None)
+    shutil.rmtree(rings)
+    return {"frames_per_step_11": frames / steps, "c_calls_per_step_11": calls / steps}
+
+
 def lens_log_times(steps: int, rings: Path) -> dict[str, float]:
     """``lens.log`` with 30 and 100 values."""
     with watching(None, rings):
@@ -218,6 +244,7 @@ def measure(quick: bool, python: str | None, traceml: Path | None) -> dict[str, 
             "step_ratio_2ms": short.ratio,
             "step_ratio_aa": few.ratio_aa,
             "step_ratio_aa_2ms": short.ratio_aa,
+            **calls_a_step(rings),
             **lens_log_times(steps, rings),
             "step_ms": few.step_ms,
             "blocks": blocks,
@@ -253,6 +280,8 @@ ROWS = (
     ("  nine of ten steps without lens", "edges_p90_us_60", "µs"),
     ("  steps without lens over others without (noise)", "noise_us_60", "µs"),
     ("  the hook's own word", "reported_us_per_step_60", "µs"),
+    ("frames of Python a step, 11 collectives (counted)", "frames_per_step_11", ""),
+    ("  and what they call in C", "c_calls_per_step_11", ""),
     ("one collective more, at cadence", "ns_per_event_at_cadence", "ns"),
     ("one collective, back to back", "ns_per_event", "ns"),
     ("lens.log of loss and gradient norm, at cadence", "log2_us", "µs"),
