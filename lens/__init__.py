@@ -30,16 +30,13 @@ if TYPE_CHECKING:
         step,
         watch,
     )
-    from lens.hooks.frameworks.accelerate import AccelerateTracker
-    from lens.hooks.frameworks.lightning import LightningCallback
-    from lens.hooks.frameworks.transformers import TransformersCallback
+    from lens.hooks.frameworks.accelerate import AccelerateTracker as AccelerateTracker
+    from lens.hooks.frameworks.lightning import LightningCallback as LightningCallback
+    from lens.hooks.frameworks.transformers import TransformersCallback as TransformersCallback
     from lens.reading import StoredRun
 
 __version__ = "0.1.0"
 __all__ = [
-    "AccelerateTracker",
-    "LightningCallback",
-    "TransformersCallback",
     "attachable",
     "data",
     "detach",
@@ -59,7 +56,7 @@ _CALLBACKS = {
     "LightningCallback": "lightning",
     "TransformersCallback": "transformers",
 }
-"""Callback -> its file, which imports the framework."""
+"""Callback -> its file, which imports the framework; not in ``__all__``, since most are not installed."""
 
 if sys.platform == "win32":
     raise ImportError(
@@ -89,7 +86,7 @@ def open(
 
 def __getattr__(name: str) -> Any:
     # The function itself, and from then on without a detour: these are called in every step.
-    if name not in __all__:
+    if name not in __all__ and name not in _CALLBACKS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
