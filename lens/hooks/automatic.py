@@ -52,12 +52,12 @@ def watch_model(model: Any, timeline: Timeline) -> RootForward:
     return root
 
 
-def watch_backward(timeline: Timeline) -> None:
-    """Time ``torch.autograd.backward``, which ``Tensor.backward`` calls too."""
+def watch_backward(timeline: Timeline, reading: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Time ``torch.autograd.backward``, which ``Tensor.backward`` calls too, and let `reading` see what it is given."""
     import torch
 
     original = torch.autograd.backward
-    wrapper = functools.update_wrapper(timeline.around(original, timeline.phase_id("backward")), original)
+    wrapper = functools.update_wrapper(timeline.around(reading(original), timeline.phase_id("backward")), original)
     timeline.part.patch(torch.autograd, "backward", wrapper)
 
 
@@ -81,8 +81,8 @@ def at_next_backward(action: Callable[[], None]) -> None:
     torch.autograd.backward = first
 
 
-def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[], None]) -> None:
-    """Time the optimizer's step by its own hooks; it ends a step where steps are not marked by hand."""
+def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[Any], None]) -> None:
+    """Time the optimizer's step by its own hooks, and call `after_step` with it inside of a step."""
     name = timeline.phase_id("optimizer")
     found, leave = timeline.found, timeline.leave
     began = False
@@ -91,11 +91,11 @@ def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[],
         nonlocal began
         began = found(name)
 
-    def after(*_: Any) -> None:
+    def after(stepped: Any, *_: Any) -> None:
         if began:
             leave()
-        if not timeline.steps_by_hand and timeline.here() and timeline.step != NULL:
-            after_step()
+        if timeline.here() and timeline.step != NULL:
+            after_step(stepped)
 
     for hook in (before, after):
         unseen(hook, _nothing)

@@ -74,7 +74,7 @@ class RootSearch:
 
 
 def watch_every_optimizer(
-    timeline: Timeline, after_step: Callable[[], None], arrive: Callable[[], None] | None = None
+    timeline: Timeline, after_step: Callable[[Any], None], arrive: Callable[[], None] | None = None
 ) -> None:
     """Time the step of any optimizer. The one that steps first ends the steps, or another once that one is gone.
 
@@ -109,8 +109,8 @@ def watch_every_optimizer(
             timeline.leave()
         if ending() is None:
             ending = weakref.ref(optimizer)
-        if ending() is optimizer and not timeline.steps_by_hand and timeline.step != NULL:
-            after_step()
+        if ending() is optimizer and timeline.step != NULL:
+            after_step(optimizer)
 
     if "torch._dynamo" in sys.modules:
         # Below a compiled optimizer these would be traced, and what they call with them.

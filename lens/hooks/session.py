@@ -14,6 +14,7 @@ from lens.hooks.experts import Experts
 from lens.hooks.frameworks.places import Places
 from lens.hooks.groups import Kinds
 from lens.hooks.guard import Part
+from lens.hooks.learning import Learning
 from lens.hooks.marked import Phase
 from lens.hooks.memory import Memory
 from lens.hooks.observer import Observer
@@ -61,6 +62,7 @@ class Session:
         self.out_of_memory = OutOfMemory(self.recorder, self.timeline)
         self.work = WorkDone(self.recorder, self.timeline)
         self.places = Places(self.timeline, self.values)
+        self.learning = Learning(self.recorder, self.timeline, self.values)
         self._requests: Requests | None = None
         self.trains = False
         """Whether an optimizer is watched, or any that comes."""
@@ -91,6 +93,7 @@ class Session:
             self.out_of_memory.part,
             self.work.part,
             self.places.part,
+            self.learning.part,
         ]
         for part in self.parts:
             part.tell = self._tell_of_failure
@@ -210,7 +213,8 @@ class Session:
         if self._process_watched:
             return
         self._process_watched = True
-        automatic.watch_backward(self.timeline)
+        automatic.watch_backward(self.timeline, self.learning.reading)
+        self.learning.install()
         automatic.watch_loaders(self.timeline)
         self.places.install()
 
@@ -224,7 +228,11 @@ class Session:
         except Exception as error:
             self.timeline.part.fail(error)
 
-    def _after_optimizer(self) -> None:
+    def _after_optimizer(self, optimizer: Any) -> None:
+        if self.learning.held:
+            self.learning.record(optimizer)
+        if self.timeline.steps_by_hand:
+            return
         if not self.timeline.end_alone() and self.end_step():
             # The optimizer is going through its hooks now: taking ours away would end that with an exception.
             self.forget()

@@ -31,6 +31,8 @@ class Values:
         self._shapes: dict[int, dict[tuple[str, ...], int]] = {}
         self._last: tuple[tuple[str, ...], int] = ((), 0)
         """Names logged last by the thread that trains, and their string id."""
+        self.logged: set[str] = set()
+        """Every name that the training has logged."""
         self._complained: set[str] = set()
         self._layers: dict[int, _LayerTotals] = {}
         self._write_row = getattr(timeline, "row", None)
@@ -98,10 +100,12 @@ class Values:
                 self._row(checked, t, number)
                 return
             if len(shapes) >= _MOST_ROW_SHAPES and len(names) > 1:
+                self.logged.update(names)
                 for name, value in values.items():
                     recorder.row(recorder.intern(name), (value,), t, number)
                 return
             columns = shapes[names] = recorder.intern(COLUMN_SEPARATOR.join(names))
+            self.logged.update(names)
         if recorder is self._recorder:
             self._last = names, columns
         recorder.row(columns, tuple(values.values()), t, number)

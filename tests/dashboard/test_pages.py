@@ -236,9 +236,24 @@ def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open
     server.send(name, [record for record in bare if record["rank"] != 3])
     drawn(page, "step-time", 19)
     assert "n/a" in text(page, "#loss .lens-message")
-    assert "lens.log(loss=…)" in text(page, "#loss .lens-message")
+    assert 'lens.log({"train.loss": …})' in text(page, "#loss .lens-message")
     assert "lens.step(tokens=…)" in text(page, "#tokens .lens-message")
     assert "▲ 3 of 4 ranks" in text(page, "#status")
+
+
+def test_where_no_loss_of_the_run_is_reported_that_of_its_ranks_is_shown(server: Server, open_page: Open) -> None:
+    name = f"own-losses-{next(NUMBERS)}"
+    server.begin(name)
+    steps = list(synthetic.steps(0, 20))
+    own = [
+        {**record, "metric": "train.loss.local", "rank": rank}
+        for record in steps if record.get("metric") == "train.loss" for rank in range(4)
+    ]  # fmt: skip
+    server.send(name, [record for record in steps if record.get("metric") != "train.loss"] + own)
+    page = open_page(server, f"/run/{name}")
+    drawn(page, "loss", 19)
+    assert "train.loss.local, median rank: the run reports no train.loss" in text(page, "#loss")
+    says(page, "#numbers", "at the first visible step")
 
 
 def test_a_run_that_is_only_observed_says_so_where_steps_would_be(server: Server, open_page: Open) -> None:

@@ -50,6 +50,7 @@ def layout() -> list[Component]:
                 "As the run reports it; a gap means that no value was reported.",
                 identifier="loss",
                 metric="train.loss",
+                instead="train.loss.local",
             ),
         ),
         panel(

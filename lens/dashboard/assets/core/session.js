@@ -176,6 +176,19 @@ export class Session {
     return source;
   }
 
+  /** Of some metrics that can stand for one another, best first, those up to the first that the run reports. */
+  tried(names) {
+    const first = names.findIndex((name) => this.source(name).state !== "empty");
+    return first < 0 ? names : names.slice(0, first + 1);
+  }
+
+  /** The one of them that the run reports; the best where it reports none. */
+  reported(names) {
+    const tried = this.tried(names);
+    const last = tried[tried.length - 1];
+    return this.source(last).state === "empty" ? names[0] : last;
+  }
+
   /** A reply that is asked for when a picture wants it, and again once it is `every` ms old or `key` changed.
    *  What was known is shown meanwhile. @returns {{value: object|null, error: ApiError|null}} */
   reply(kind, key, every, load) {

@@ -6,6 +6,9 @@ import { integer, percent, quantity, rankName } from "../core/format.js";
 import { tile } from "../panels/tile.js";
 import { tokenRate } from "../panels/lines.js";
 
+/** Over all ranks; each rank's own, which is read where a run reports none. */
+const LOSSES = ["train.loss", "train.loss.local"];
+
 export class Overview {
   constructor(root, app) {
     this.root = root;
@@ -13,7 +16,7 @@ export class Overview {
   }
 
   sources() {
-    return ["step.duration", "step.tokens", "train.loss", "train.mfu"];
+    return ["step.duration", "step.tokens", ...this.app.session.tried(LOSSES), "train.mfu"];
   }
 
   draw() {
@@ -63,7 +66,7 @@ function utilisation(session) {
 
 function loss(session) {
   const label = "Training loss";
-  const source = session.source("train.loss");
+  const source = session.source(session.reported(LOSSES));
   const { matrix } = source;
   if (matrix?.notFinite !== null && matrix?.notFinite !== undefined) return { label, value: "NaN", detail: `not finite since step ${integer(matrix.notFinite)}` };
   const column = matrix ? matrix.newest() : -1;

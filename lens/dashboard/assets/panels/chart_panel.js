@@ -90,8 +90,8 @@ export class ChartPanel extends Panel {
   }
 
   /** Why there is no picture, or null. */
-  silence() {
-    for (const name of this.sources()) {
+  silence(names = this.sources()) {
+    for (const name of names) {
       const source = this.session.source(name);
       if (source.state === "loading") return "Loading…";
       if (source.state === "error") return `n/a: ${source.reason}`;

@@ -91,8 +91,22 @@ export function tokenRate(tokens, durations) {
 
 /** A metric of the run as a whole. */
 export class LinePanel extends ChartPanel {
+  /** Its metric, and what stands for it in a run that reports none. */
+  get metrics() {
+    const { metric, instead } = this.root.dataset;
+    return instead ? [metric, instead] : [metric];
+  }
+
+  get metric() {
+    return this.session.reported(this.metrics);
+  }
+
   sources() {
-    return [this.root.dataset.metric];
+    return [...new Set([this.metric, ...this.session.tried(this.metrics)])];
+  }
+
+  newestStep() {
+    return super.newestStep([this.metric]);
   }
 
   style() {
@@ -104,23 +118,24 @@ export class LinePanel extends ChartPanel {
   }
 
   columns() {
-    const { x, median } = this.session.source(this.root.dataset.metric).matrix.reduce();
+    const { x, median } = this.session.source(this.metric).matrix.reduce();
     return [x, median, trend(median)];
   }
 
   note() {
-    const step = this.session.source(this.root.dataset.metric).matrix.notFinite;
+    const step = this.session.source(this.metric).matrix.notFinite;
+    if (step === null && this.metric !== this.root.dataset.metric) return `${this.metric}, median rank: the run reports no ${this.root.dataset.metric}`;
     return step === null ? super.note() : `✖ not a finite number since step ${integer(step)}`;
   }
 
   silence() {
-    const matrix = this.session.source(this.root.dataset.metric).matrix;
+    const matrix = this.session.source(this.metric).matrix;
     if (matrix && matrix.notFinite !== null && !matrix.rows.some((row) => row.count.some(Boolean))) return `n/a: every value since step ${matrix.notFinite} is not a finite number.`;
-    return super.silence();
+    return super.silence([this.metric]);
   }
 
   nothing(name) {
-    return this.session.range ? super.nothing(name) : `no ${name} yet. Report it with lens.log(loss=…).`;
+    return this.session.range ? super.nothing(name) : `no ${this.root.dataset.metric} yet. Report it: lens.log({"${this.root.dataset.metric}": …}).`;
   }
 }
 

@@ -65,8 +65,8 @@ export class Panel {
   }
 
   /** The last step that this picture holds. */
-  newestStep() {
-    const steps = this.sources().map((name) => this.session.source(name).matrix?.lastStep ?? -1);
+  newestStep(names = this.sources()) {
+    const steps = names.map((name) => this.session.source(name).matrix?.lastStep ?? -1);
     return steps.length && Math.min(...steps) >= 0 ? Math.min(...steps) : null;
   }
 
