@@ -221,7 +221,8 @@ def request(
     """One request of a server written by hand, as a ``with`` block that gives an object to tell it by.
 
     Its ``token(count=1)`` says that tokens of each sequence have been made, its ``cache(past_key_values)`` measures keys
-    and values. ``generate`` of a watched model is recorded without it.
+    and values, its ``preempted(count=1)`` says that it was put back to be computed again. ``generate`` of a watched model
+    is recorded without it.
 
     Args:
         model: whose requests these are.
@@ -296,6 +297,9 @@ class _Untold:
         return None
 
     def token(self, count: int = 1) -> None:
+        """Nothing is told."""
+
+    def preempted(self, count: int = 1) -> None:
         """Nothing is told."""
 
     def cache(self, past_key_values: Any) -> None:

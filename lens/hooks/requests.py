@@ -94,6 +94,7 @@ class Request:
         self.kv_cache_bytes: int | None = None
         self.output_tokens = 0
         """Of one sequence."""
+        self.put_back = 0
         self.begin: Moment | None = None
         self.first: Moment | None = None
         self.last: Moment | None = None
@@ -118,6 +119,11 @@ class Request:
         self.last = Moment(self._on_device)
         self.first = self.first or self.last
         self.output_tokens += count
+
+    def preempted(self, count: int = 1) -> None:
+        """It has been put back so many times, to be computed again when there is room."""
+        self.put_back += count
+        self._requests.put_back += count
 
     def cache(self, past_key_values: Any) -> None:
         """Measure this cache of keys and values: one of transformers, or (key, value) tensors a layer."""
@@ -182,6 +188,8 @@ class Requests:
         self.part = Part("requests")
         self.running = 0
         """Requests being worked on."""
+        self.put_back = 0
+        """Times that requests were put back, since the process was watched."""
         self._recorder = recorder
         self.timeline = timeline
         self.trains = trains
@@ -232,6 +240,8 @@ class Requests:
             "infer.requests.running": self.running,
             "infer.batch.size": request.batch,
             "infer.kv_cache.bytes": request.kv_cache_bytes,
+            # Who never says so is not known to put nothing back.
+            "infer.preemptions": self.put_back or None,
             **(request.drafts.numbers() if request.drafts is not None else {}),
         }
         for kind, stage in request.stages.items():
@@ -265,6 +275,7 @@ class Requests:
             "prompt_tokens": request.prompt_tokens,
             "output_tokens": request.output_tokens,
             "batch": request.batch,
+            "preemptions": request.put_back or None,
         }
         if request.drafts is not None and request.drafts.drafted:
             attributes |= {"drafted": request.drafts.drafted, "accepted": request.drafts.accepted}

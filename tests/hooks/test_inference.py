@@ -189,6 +189,7 @@ def test_a_server_written_by_hand_tells_its_requests(watch: Watch, recorded: Rea
             inner.token()
         now[0] += 15 * MS
         outer.token(2)
+        outer.preempted()
         outer.cache([(torch.zeros(1, 2, 30, 8), torch.zeros(1, 2, 30, 8, dtype=torch.float16))])
     found = recorded()
     assert [value for _, value in found.values("infer.request.ttft")] == pytest.approx([0.005, 0.040])
@@ -197,6 +198,8 @@ def test_a_server_written_by_hand_tells_its_requests(watch: Watch, recorded: Rea
     assert [value for _, value in found.values("infer.requests.running")] == [1, 0]
     assert [value for _, value in found.values("infer.kv_cache.bytes")] == [2 * 30 * 8 * (4 + 2)]
     assert spans(found, "request")[1]["attrs"]["queue_ns"] == 250 * MS
+    assert [span["attrs"].get("preemptions") for span in spans(found, "request")] == [None, 1]
+    assert [value for _, value in found.values("infer.preemptions")][-1] == 1
 
 
 def test_a_request_that_fails_is_not_recorded_and_its_exception_is_its_own(watch: Watch, recorded: Read) -> None:
