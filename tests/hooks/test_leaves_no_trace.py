@@ -237,10 +237,11 @@ def test_what_watching_takes_is_given_back_each_time(watch: Watch, rings: Path, 
         lens.detach()
         shutil.rmtree(rings)
 
-    def held() -> tuple[int, int, int]:
+    def held() -> tuple[int, int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text().count(".ring")
-        return len(gc.get_objects()), len(list(Path("/proc/self/fd").iterdir())), maps
+        descriptors, threads = (len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task"))
+        return len(gc.get_objects()), descriptors, maps, threads
 
     for _ in range(20):
         once()
