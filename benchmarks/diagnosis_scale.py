@@ -36,16 +36,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=SIZES)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "--times", type=int, default=TIMES, help="the best of so many counts (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the page here too")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        print(json.dumps(measure(chosen.one, chosen.steps)))
+        print(json.dumps(measure(chosen.one, chosen.steps, chosen.times)))
         return
     lines, measured = [HEAD], []
     print(HEAD)
     for ranks in chosen.ranks:
-        command = [sys.executable, __file__, "--one", str(ranks), "--steps", str(chosen.steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            str(ranks),
+            "--steps",
+            str(chosen.steps),
+            "--times",
+            str(chosen.times),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         measured.append(json.loads(done.stdout))
         lines.append(_row(ranks, chosen.steps, measured[-1]))
@@ -59,7 +71,7 @@ def main() -> None:
         )
 
 
-def measure(ranks: int, steps: int) -> dict[str, Any]:
+def measure(ranks: int, steps: int, times: int) -> dict[str, Any]:
     """Simulate a run of so many ranks and judge it, in this process."""
     from lens.diagnosis import diagnose
     from lens.tables import SCHEMA
@@ -73,7 +85,7 @@ def measure(ranks: int, steps: int) -> dict[str, Any]:
         + tables.vector_values.nbytes
     )
     took, before = [], _reset_peak()
-    for _ in range(TIMES):
+    for _ in range(times):
         since = time.process_time(), time.perf_counter()
         reply = diagnose(run, tables)
         took.append((time.process_time() - since[0], time.perf_counter() - since[1]))
