@@ -63,6 +63,10 @@ prove-attach: $(DEV) ## attaches refused, with words and times; and what one lea
 prove-selftest: $(DEV) ## 329 faults, 60 pairs of faults and 20,000 healthy steps of simulated clusters: the scorecard of the diagnosis (8 minutes)
 	@$(BIN)/python benchmarks/diagnosis.py --out docs/proofs/selftest.md $(ARGS)
 
+.PHONY: prove-services
+prove-services: $(DEV) ## 64 services in trouble and 32 healthy ones, simulated: the scorecard of the causes of serving (5 minutes)
+	@$(BIN)/lens selftest --cases 0 --healthy-steps 0 --services 64 --seed 1 $(ARGS)
+
 .PHONY: prove-stacks
 prove-stacks: $(DEV) ## the stacks of 7,000 running and hanging processes read from outside: right, and without harm? (2 minutes)
 	@$(BIN)/python benchmarks/stacks.py --out docs/proofs/stacks.md $(ARGS)

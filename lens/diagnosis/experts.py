@@ -163,7 +163,7 @@ class Experts:
         tokens = float(np.nanmean(cells(load.tokens, after, rows)))
         earlier = float(np.nanmean(cells(load.tokens, past, rows))) if len(past) else tokens / now
         usual = mean(cells(load.tokens, past, rows)) if len(past) else np.full(len(rows), earlier)
-        grown = mean(cells(load.tokens, after, rows)) / usual
+        grown = mean(cells(load.tokens, after, rows)) / np.where(usual > 0, usual, np.nan)
         fits = ~(own - 1 > MORE_THAN_TOKENS * (grown - 1) + SLOWER - 1)
         if not fits.all():
             # Computing grows at most with the tokens: a rank that is slower than that has another reason.
