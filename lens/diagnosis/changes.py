@@ -90,7 +90,7 @@ def track(values: Floats, usual: Floats, peers: list[Array], proportional: bool)
     """
     steps, ranks = values.shape
     first = policy.WARM_UP_STEPS + policy.FIRST_JUDGED_STEPS
-    if steps <= first or not ranks:
+    if steps <= first or not ranks or not _large_enough(values, usual, proportional):
         return []
     tracker = _Tracker(values, usual, peers, proportional)
     low = first
@@ -99,6 +99,14 @@ def track(values: Floats, usual: Floats, peers: list[Array], proportional: bool)
         tracker.segment(low, high)
         low = low + max(4, low // 2)
     return tracker.finished()
+
+
+def _large_enough(values: Floats, usual: Floats, proportional: bool) -> bool:
+    """Whether any step of a rank is long enough for an effect worth naming: what a rank took bounds its excess, to which
+    sums that its peers lost can add as much again."""
+    longest = np.fmax.reduce(values[policy.WARM_UP_STEPS :], axis=None)
+    shortest = np.fmin.reduce(usual[policy.WARM_UP_STEPS :])
+    return bool(longest * (1 if proportional else 2) >= policy.SMALLEST_EFFECT * shortest)
 
 
 class _Tracker:
