@@ -21,6 +21,8 @@ from lens.recorder import Recorder
 from lens.slots import COLUMN_SEPARATOR, NULL
 
 LOSS, NORM, RATE = "train.loss.local", "train.grad_norm", "train.lr"
+_BY_HAND = {LOSS, "train.loss"}
+"""A training that logs one of these tells of its losses itself."""
 
 
 class Learning:
@@ -31,30 +33,32 @@ class Learning:
         self.held = False
         """Whether there is something to record."""
         self._recorder, self._timeline, self._values = recorder, timeline, values
+        self._listens = True
+        """Whether losses are kept."""
         self._losses: list[Any] = []
+        """Of this step: numbers, and what is still on a device."""
         self._norm: Any = None
-        self._step = timeline.step
-        """Of what is kept."""
-        self._recorded = NULL
-        self._several = False
-        """Whether several optimizers step in one step."""
-        self._scaled: tuple[Any, Any] = (None, None)
+        self._step = self._recorded = NULL
+        """The step of the losses, and the one recorded last."""
+        self._scaled: tuple[Any, Any] | None = None
         """What a GradScaler made, and of what."""
         self._columns: dict[tuple[str, ...], int] = {}
+        self._write_row = getattr(timeline, "row", None)
+        """Writes a row in C, where the timeline is compiled."""
 
     def install(self) -> None:
         """Let the norm and the scaling of losses pass by here."""
         import torch
         from torch.nn.utils import clip_grad
 
-        leave_alone(*vars(Learning).values(), is_on_device)
+        leave_alone(*vars(Learning).values())
         clip = clip_grad.clip_grad_norm_
 
         @functools.wraps(clip)
         def clipping(*args: Any, **kwargs: Any) -> Any:
             norm = clip(*args, **kwargs)
-            if self.part.on and type(norm) is torch.Tensor and self._asked():
-                self._norm = norm
+            if self.part.on and type(norm) is torch.Tensor and self._timeline.here():
+                self._norm, self.held = norm, True
             return norm
 
         unseen(clipping, clip)
@@ -76,11 +80,14 @@ class Learning:
         """``torch.autograd.backward``, whose losses are kept."""
         import torch
 
-        plain = torch.Tensor
+        plain, here = torch.Tensor, self._timeline.here
 
+        # One function: each more that is met with cold caches costs microseconds.
         def passing(*args: Any, **kwargs: Any) -> Any:
-            if len(args) and type(args[0]) is plain and self.part.on and args[0].numel() == 1:
-                self._keep(args[0], *args[1:2])
+            if self._listens and args:
+                loss = args[0]
+                if type(loss) is plain and loss.numel() == 1 and (len(args) == 1 or args[1] is None) and here():
+                    self._keep(loss)
             return backward(*args, **kwargs)
 
         unseen(passing, backward)
@@ -89,70 +96,71 @@ class Learning:
     def record(self, optimizer: Any) -> None:
         """The optimizer has stepped: record what was kept of this step."""
         t, timeline = time.monotonic_ns(), self._timeline
+        losses, norm = self._losses, self._norm
+        self._losses, self._norm, self.held = [], None, False
         try:
             if self._recorded == timeline.step:
                 # Each optimizer of this training has losses of its own, and one number cannot tell of them.
-                self._several = True
-            elif self._step == timeline.step:
-                self._recorded = timeline.step
-                self._record(optimizer, t)
+                self._listens = False
+                return
+            self._recorded = timeline.step
+            numbers, away = {}, {}
+            if losses and self._step == timeline.step:
+                if float is type(losses[0]):
+                    numbers[LOSS] = sum(losses)
+                else:
+                    away[LOSS] = losses
+            if norm is not None:
+                if norm.is_cpu:
+                    numbers[NORM] = norm.item()
+                elif is_on_device(norm):
+                    away[NORM] = [norm.detach()]
+            rate = optimizer.param_groups[0].get("lr")
+            if type(rate) is float:
+                numbers[RATE] = rate
+            self._write(numbers, away, t)
         except Exception as error:
+            self._listens = False
             self.part.fail(error)
         finally:
-            self._losses, self._norm, self.held = [], None, False
             timeline.spent += time.monotonic_ns() - t
 
-    def _asked(self) -> bool:
-        """Whether this belongs to a step; what was kept of an earlier one is forgotten."""
-        timeline = self._timeline
-        if not timeline.here():
-            return False
-        if self._step != timeline.step:
-            self._step, self._losses, self._norm = timeline.step, [], None
-        self.held = True
-        return True
-
-    def _keep(self, loss: Any, gradient: Any = None) -> None:
-        if gradient is not None or self._several or LOSS in self._values.logged or not self._asked():
-            return
-        t = time.monotonic_ns()
-        try:
-            scaled, self._scaled = self._scaled, (None, None)
-            if scaled[0] is loss:
-                loss = scaled[1]
-            loss = loss.detach()
-            if loss.is_cpu:
-                self._losses.append(float(loss))
-            elif is_on_device(loss):
-                self._losses.append(loss)
-        except Exception as error:
-            self.part.fail(error)
-        self._timeline.spent += time.monotonic_ns() - t
-
-    def _record(self, optimizer: Any, t: int) -> None:
-        found: dict[str, list[Any]] = {LOSS: self._losses} if self._losses else {}
-        if self._norm is not None and (self._norm.is_cpu or is_on_device(self._norm)):
-            found[NORM] = [self._norm.detach()]
-        rate = optimizer.param_groups[0].get("lr")
-        if isinstance(rate, float):
-            found[RATE] = [rate]
-        logged = self._values.logged
-        found = {name: parts for name, parts in found.items() if name not in logged}
-        away = {name: parts for name, parts in found.items() if any(map(is_on_device, parts))}
+    def _keep(self, loss: Any) -> None:
         step = self._timeline.step
-        self._write({name: float(sum(parts)) for name, parts in found.items() if name not in away}, t, step)
-        for name, parts in away.items():
+        if self._step != step:
+            self._step = step
+            self._losses = []
+        try:
+            if self._scaled is not None:
+                (scaled, plain), self._scaled = self._scaled, None
+                loss = plain if scaled is loss else loss
+            if loss.is_cpu:
+                self._losses.append(float(loss.item()))
+            elif is_on_device(loss):
+                self._losses.append(loss.detach())
+            self.held = True
+        except Exception as error:
+            self._listens = False
+            self.part.fail(error)
+
+    def _write(self, numbers: dict[str, float], away: dict[str, list[Any]], t: int) -> None:
+        logged = self._values.logged
+        if logged:
+            self._listens = self._listens and logged.isdisjoint(_BY_HAND)
+            numbers = {name: number for name, number in numbers.items() if name not in logged}
+        for name in away.keys() - logged:
             self._timeline.errands = True
-            self._values.later.read(parts, functools.partial(self._arrived, name, t, step))
-
-    def _arrived(self, name: str, t: int, step: int, numbers: list[float]) -> None:
-        self._write({name: sum(numbers)}, t, step)
-
-    def _write(self, values: dict[str, float], t: int, step: int) -> None:
-        names = tuple(values)
+            step = self._timeline.step
+            use = functools.partial(self._arrived, name, t, step)
+            self._values.later.read(away[name], use)
+        names = tuple(numbers)
         if not names:
             return
         columns = self._columns.get(names)
         if columns is None:
             columns = self._columns[names] = self._recorder.intern(COLUMN_SEPARATOR.join(names))
-        self._recorder.row(columns, tuple(values.values()), t, step)
+        if self._write_row is None or not self._write_row(columns, names, numbers, None):
+            self._recorder.row(columns, tuple(numbers.values()), t, self._timeline.step)
+
+    def _arrived(self, name: str, t: int, step: int, numbers: list[float]) -> None:
+        self._recorder.row(self._recorder.intern(name), (sum(numbers),), t, step)

@@ -32,7 +32,7 @@ class Values:
         self._last: tuple[tuple[str, ...], int] = ((), 0)
         """Names logged last by the thread that trains, and their string id."""
         self.logged: set[str] = set()
-        """Every name that the training has logged."""
+        """Every name that the training's own code has logged."""
         self._complained: set[str] = set()
         self._layers: dict[int, _LayerTotals] = {}
         self._write_row = getattr(timeline, "row", None)
@@ -57,6 +57,12 @@ class Values:
         else:
             self._row(values, t, number)
         timeline.spent += _clock() - t
+
+    def log_found(self, values: Mapping[str, Any], step: int | None) -> None:
+        """As `log`, of numbers that a framework logs now and then: they replace none that are read each step."""
+        by_hand = set(self.logged)
+        self.log(values, step)
+        self.logged = by_hand
 
     def expert_tokens(self, layer: int, counts: Any, dropped: Any) -> None:
         """Record a layer's tokens per expert, before dropping, and its totals since the process was watched."""

@@ -158,7 +158,7 @@ class Places:
                 at, name = place.logged
                 logged = args[at] if len(args) > at else kwargs.get(name)
                 if isinstance(logged, Mapping) and self._values.part.on:
-                    self._values.log(translated(logged, place.names), step)
+                    self._values.log_found(translated(logged, place.names), step)
             if place.steps_done is not None:
                 self.number(place.steps_done(args))
         except Exception as error:
