@@ -20,6 +20,13 @@ LOOK_ALIKES = (
     ("vendor / fault", "mixed_vendor_imbalance", "slow_device"), ("thermal / power", "thermal_throttle", "power_cap"),
 )  # fmt: skip
 
+SERVING_LOOK_ALIKES = (
+    ("queue / cache", "queue_overload", "kv_cache_exhausted"),
+    ("prefill / expert", "prefill_interference", "decode_expert_imbalance"),
+    ("prefill / queue", "prefill_interference", "queue_overload"),
+    ("cold start / recompilation", "cold_start", "recompilation"), ("cold start / queue", "cold_start", "queue_overload"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -92,7 +99,12 @@ class Calm:
     confidences: list[float]
 
 
-def scorecard(judged: Sequence[Judged], calm: Sequence[Calm], paired: Sequence[Paired] = ()) -> dict[str, Any]:
+def scorecard(
+    judged: Sequence[Judged],
+    calm: Sequence[Calm],
+    paired: Sequence[Paired] = (),
+    look_alikes: Sequence[tuple[str, str, str]] = LOOK_ALIKES,
+) -> dict[str, Any]:
     """All numbers; a share is None where there is nothing to share."""
     counted = [one for one in judged if one.counts]
     known = [one for one in counted if one.cause != UNEXPLAINED]
@@ -122,7 +134,7 @@ def scorecard(judged: Sequence[Judged], calm: Sequence[Calm], paired: Sequence[P
             for noise in sorted({run.noise for run in calm})
             if (runs := [run for run in calm if run.noise == noise])
         },
-        "look_alikes": {title: _told_apart(first, second, counted) for title, first, second in LOOK_ALIKES},
+        "look_alikes": {title: _told_apart(first, second, counted) for title, first, second in look_alikes},
         "unknown": {
             fault: {"cases": len(cases), "flagged": _share(cases, lambda one: one.named == UNEXPLAINED)}
             for fault in sorted({one.fault for one in unknown})
@@ -246,8 +258,11 @@ def describe(card: dict[str, Any]) -> str:
         for cause, row in pair.items():
             other = next(value for key, value in row.items() if key.startswith("as_"))
             lines.append(f"| {title} | {cause} | {row['cases']} | {row['right']} | {other} |")
-    lines += ["", "| unknown fault | cases | called unexplained |", "|---|---|---|"]
+    if card["unknown"]:
+        lines += ["", "| unknown fault | cases | called unexplained |", "|---|---|---|"]
     lines += [f"| {fault} | {row['cases']} | {_said(row['flagged'])} |" for fault, row in card["unknown"].items()]
+    if card.get("services"):
+        lines += ["", "Services, by iterations instead of steps:", "", describe(card["services"])]
     return "\n".join(lines)
 
 

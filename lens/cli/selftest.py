@@ -18,13 +18,18 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from lens.cli.errors import DONE, MISSING, UNUSABLE, CommandError, missing_extra
-from lens.cli.scorecard import Calm, Judged, Paired, describe, scorecard
+from lens.cli.scorecard import SERVING_LOOK_ALIKES, Calm, Judged, Paired, describe, scorecard
 
 if TYPE_CHECKING:
-    from sample_runs.cluster import Case, Pair
+    from lens.tables import Tables
+    from sample_runs.cluster import Case, Pair, ServiceCase
+
+    AnyCase = Case | Pair | ServiceCase
 
 HELP = "how right the diagnosis is: a scorecard over simulated faults"
 MOST_PROCESSES = 4
+TROUBLED_BY_HEALTHY = 2
+"""For so many services with a trouble one healthy service is judged."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +42,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs", type=int, default=0, metavar="N", help="runs with two faults at once (default: %(default)s)"
     )
+    parser.add_argument(
+        "--services",
+        type=int,
+        default=8,
+        metavar="N",
+        help="services in trouble, and half as many healthy ones (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge all cases and print the scorecard."""
-    if min(arguments.cases, arguments.healthy_steps, arguments.pairs) < 0:
+    if min(arguments.cases, arguments.healthy_steps, arguments.pairs, arguments.services) < 0:
         raise CommandError("a number of cases or steps is below 0", "lens selftest --cases 46", UNUSABLE)
     try:
         import sample_runs.cluster  # noqa: F401
@@ -54,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
             ) from error
         raise missing_extra(error, "server") from error
     card = assess(arguments.cases, arguments.healthy_steps, arguments.pairs, arguments.seed)
+    if arguments.services:
+        card["services"] = assess_services(arguments.services, arguments.seed)
     if arguments.json:
         print(json.dumps(card, ensure_ascii=False))
     else:
@@ -69,11 +83,26 @@ def assess(cases: int, healthy_steps: int, pairs: int, seed: int) -> dict[str, A
     """
     from sample_runs.cluster import draw_cases, draw_healthy, draw_pairs
 
-    drawn: list[Case | Pair] = [
-        *draw_cases(cases, seed),
-        *draw_healthy(healthy_steps, seed),
-        *draw_pairs(pairs, seed),
-    ]
+    drawn: list[AnyCase] = [*draw_cases(cases, seed), *draw_healthy(healthy_steps, seed), *draw_pairs(pairs, seed)]
+    judged, calm, paired = _outcomes(drawn)
+    every = {"judged": [asdict(one) for one in judged], "paired": [asdict(one) for one in paired]}
+    return {"seed": seed, **scorecard(judged, calm, paired), **every}
+
+
+def assess_services(count: int, seed: int) -> dict[str, Any]:
+    """The same over so many services in trouble and half as many healthy ones; steps are iterations.
+
+    Raises:
+        ImportError: the simulated cluster, or numpy, is not installed.
+    """
+    from sample_runs.cluster import draw_served, draw_services
+
+    judged, calm, _ = _outcomes([*draw_services(count, seed), *draw_served(count // TROUBLED_BY_HEALTHY, seed)])
+    every = {"judged": [asdict(one) for one in judged]}
+    return {"seed": seed, **scorecard(judged, calm, (), SERVING_LOOK_ALIKES), **every}
+
+
+def _outcomes(drawn: Sequence[AnyCase]) -> tuple[list[Judged], list[Calm], list[Paired]]:
     judged: list[Judged] = []
     calm: list[Calm] = []
     paired: list[Paired] = []
@@ -86,11 +115,10 @@ def assess(cases: int, healthy_steps: int, pairs: int, seed: int) -> dict[str, A
             calm.append(result)
         if sys.stderr.isatty():
             print(f"\r{number} of {len(drawn)} runs", end="" if number < len(drawn) else "\n", file=sys.stderr)
-    every = {"judged": [asdict(one) for one in judged], "paired": [asdict(one) for one in paired]}
-    return {"seed": seed, **scorecard(judged, calm, paired), **every}
+    return judged, calm, paired
 
 
-def _all_judged(cases: Sequence[Case | Pair]) -> Iterator[Judged | Calm | Paired]:
+def _all_judged(cases: Sequence[AnyCase]) -> Iterator[Judged | Calm | Paired]:
     """The cases in order, several at once where there are processors."""
     processes = min(
         MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(cases)
@@ -102,23 +130,33 @@ def _all_judged(cases: Sequence[Case | Pair]) -> Iterator[Judged | Calm | Paired
         yield from pool.map(judge, cases)
 
 
-def judge(case: Case | Pair) -> Judged | Calm | Paired:
+def judge(case: AnyCase) -> Judged | Calm | Paired:
     """Simulate a case and ask the engine."""
-    from sample_runs.cluster import Pair
+    from sample_runs.cluster import Pair, ServiceCase, serve, simulate
 
     if isinstance(case, Pair):
         return _paired(case)
-    return _calm(case) if case.fault is None else _judged(case)
-
-
-def _judged(case: Case) -> Judged:
-    from lens.diagnosis import diagnose
-    from sample_runs.cluster import simulate
-
-    assert case.fault is not None
-    assert case.cause is not None
+    if isinstance(case, ServiceCase):
+        service, served = case.service, serve(case.service)
+        about = service.run(), served.tables
+        if case.trouble is None:
+            return _calm(service.noise, service.iterations, *about)
+        trouble, cost = case.trouble, case.cost(served)
+        known: dict[str, Any] = {"fault": trouble.name, "noise": service.noise, "onset": trouble.step, "cost": cost}
+        return _judged(case, *about, **known)
     outcome = simulate(case.cluster)
-    reply = diagnose(case.cluster.run(), outcome.tables)
+    cluster = case.cluster
+    if case.fault is None:
+        return _calm(cluster.noise, cluster.steps, cluster.run(), outcome.tables)
+    known = {"fault": case.fault.name, "noise": cluster.noise, "onset": case.fault.step, "cost": case.cost(outcome)}
+    return _judged(case, cluster.run(), outcome.tables, **known)
+
+
+def _judged(case: Case | ServiceCase, run: dict[str, Any], tables: Tables, **known: Any) -> Judged:
+    from lens.diagnosis import diagnose
+
+    assert case.cause is not None
+    reply = diagnose(run, tables)
     # What is true of the cluster beside the fault (cards of two makes) is information, not the verdict.
     found: list[dict[str, Any]] = [
         item for item in reply["hypotheses"] if item["severity"] != "info" or item["cause"] == case.cause
@@ -128,9 +166,8 @@ def _judged(case: Case) -> Judged:
     for item in found:
         seen.setdefault(item["finding"], item["cause"])
     return Judged(
-        fault=case.fault.name, noise=case.cluster.noise, world=case.cluster.layout.ranks, cause=case.cause,
-        ranks=case.ranks, onset=case.fault.step, cost=case.cost(outcome), causes=list(seen.values()),
-        said_ranks=first["ranks"], confidence=first["confidence"], detected=first["detected_step"],
+        world=run["world_size"], cause=case.cause, ranks=case.ranks, causes=list(seen.values()), said_ranks=first["ranks"],
+        confidence=first["confidence"], detected=first["detected_step"], **known,
     )  # fmt: skip
 
 
@@ -147,7 +184,7 @@ def _paired(pair: Pair) -> Paired:
     return Paired(pair.cluster.noise, truth, list(said.values()))
 
 
-def _calm(case: Case) -> Calm:
+def _calm(noise: str, steps: int, run: dict[str, Any], tables: Tables) -> Calm:
     """The findings that a reply up to any step of a healthy run would have held."""
     from lens.diagnosis import diagnose
     from lens.diagnosis.examine import Examiner
@@ -155,9 +192,7 @@ def _calm(case: Case) -> Calm:
     from lens.diagnosis.notices import grid
     from lens.diagnosis.select import Timeline
     from lens.diagnosis.topology import Topology
-    from sample_runs.cluster import simulate
 
-    tables, run, steps = simulate(case.cluster).tables, case.cluster.run(), case.cluster.steps
     reply = diagnose(run, tables)
     timeline = Timeline.of(tables)
     examiner = Examiner.of(tables, timeline, Topology.of(run, tables))
@@ -170,6 +205,4 @@ def _calm(case: Case) -> Calm:
     said = [item for item in reply["hypotheses"] if item["severity"] != "info"]
     # What ends a run is in the last reply alone.
     held |= {(item["cause"], tuple(item["ranks"])) for item in said if item["severity"] == "error"}
-    return Calm(
-        case.cluster.noise, steps, sorted(cause for cause, _ in held), [item["confidence"] for item in said[:1]]
-    )
+    return Calm(noise, steps, sorted(cause for cause, _ in held), [item["confidence"] for item in said[:1]])

@@ -17,7 +17,7 @@ from lens.diagnosis.notices import Evidence, Notice
 from lens.diagnosis.requests import Requests, Sign, risen, usual
 from lens.diagnosis.routing import positions
 
-LENGTHENED, STANDING = 0.15, 0.5
+LENGTHENED, STANDING = 0.15, 0.75
 """Share by which tokens must come later than without prefills, since a moment, or always: some of it is in the nature of
 batching."""
 FEWEST_REQUESTS, FEWEST_STEPS, STRETCH, LONG_STRETCH = 30, 20, 60, 240

@@ -51,6 +51,8 @@ class Judge:
     def at(self, index: int) -> tuple[list[Verdict], list[Notice]]:
         """Slow ranks and noticed causes at a step place, those that are one thing merged."""
         noticed, verdicts = self._notices(index), self.run.verdicts(index)
+        if self._serves:
+            verdicts = [verdict for verdict in verdicts if _lasts(verdict, index)]
         kept: list[Verdict] = []
         owned: dict[int, list[Verdict]] = {}
         for verdict in verdicts:
@@ -84,6 +86,11 @@ class Judge:
         found |= {(p.explained.cause, p.place.rows): link.onset for link in self.links(index) for p in link.listed}
         return found | {(notice.cause, notice.rows): notice.onset for notice in noticed}
 
+    @property
+    def _serves(self) -> bool:
+        """Whether the run serves requests, of which each rank may have its own."""
+        return any(isinstance(family, serving.Serving) and family.serves for family in self._families)
+
     def _notices(self, index: int) -> list[Notice]:
         place = notices.on_grid(index)
         if place not in self._noticed:
@@ -92,8 +99,19 @@ class Judge:
             # A server may have no steps at all; its requests are judged all the same.
             able = [f for f in self._families if place >= 0 or isinstance(f, serving.Serving)]
             found = [notice for family in able for notice in family.at(place)]
+            if self._serves:
+                # Of serving, what is decoded tells which owners have too much: prompts of a rank's own come and go.
+                found = [notice for notice in found if notice.cause != "hot_expert"]
             self._noticed[place] = [n for n in found if not any(_brings(other, n, place) for other in found)]
         return self._noticed[place]
+
+
+def _lasts(verdict: Verdict, index: int) -> bool:
+    """Whether a rank that serves is slow for longer than prompts of its own make it, or its card or host says so too."""
+    best, finding = verdict.explained[0], verdict.finding
+    end = index if finding.last is None else finding.last
+    told = confirmed(best) and best.cause not in ("hot_expert", "unexplained")
+    return told or end - finding.onset + 1 >= serving.PROMPT_STEPS
 
 
 def _explains(notice: Notice, verdict: Verdict, index: int) -> bool:

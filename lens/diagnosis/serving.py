@@ -45,6 +45,8 @@ CAUSES = {
     ),
 }  # fmt: skip
 
+PROMPT_STEPS = 60
+"""Iterations for which a rank may be slower than its peers for prompts of its own."""
 TOGETHER = ("ep", "tp", "pp")
 """Kinds of groups whose ranks go through every iteration together."""
 LEANS = 0.35
@@ -54,7 +56,7 @@ WAITING = ("infer.queue.depth", "infer.requests.waiting")
 
 @dataclass(frozen=True)
 class Serving:
-    """What a run tells of its requests. origin: the moment (ns) from which seconds count. trains: it trains too."""
+    """What a run tells of its requests. origin: the moment (ns) from which seconds count. serves: and it does not train."""
 
     run: Examiner
     requests: Requests | None
@@ -62,6 +64,7 @@ class Serving:
     batch: dict[str, Floats]
     decoded: Decoded | None
     paced: bool
+    serves: bool
 
     @classmethod
     def of(cls, run: Examiner) -> Serving:
@@ -73,7 +76,7 @@ class Serving:
         trains = "backward" in run.frame.phase or "optimizer" in run.frame.phase
         serves = (requests is not None or bool(batch)) and not trains
         decoded = Decoded.of(run, batch, origin) if serves else None
-        return cls(run, requests, origin, batch, decoded, has_steps)
+        return cls(run, requests, origin, batch, decoded, has_steps, serves)
 
     def at(self, place: int) -> list[Notice]:
         """What holds up requests, up to a place; -1 asks of a run without steps."""

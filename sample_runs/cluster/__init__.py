@@ -10,9 +10,11 @@ from sample_runs.cluster.cases import Case, Pair, draw_cases, draw_healthy, draw
 from sample_runs.cluster.faults import FAULTS, Fault
 from sample_runs.cluster.layout import Layout
 from sample_runs.cluster.noise import NOISE
+from sample_runs.cluster.services import ServiceCase, draw_served, draw_services
+from sample_runs.cluster.serving import Service, serve
 from sample_runs.cluster.simulation import Cluster, Outcome, simulate
 
 __all__ = [
-    "FAULTS", "NOISE", "Case", "Cluster", "Fault", "Layout", "Outcome", "Pair", "draw_cases", "draw_healthy", "draw_pairs",
-    "simulate",
+    "FAULTS", "NOISE", "Case", "Cluster", "Fault", "Layout", "Outcome", "Pair", "Service", "ServiceCase", "draw_cases",
+    "draw_healthy", "draw_pairs", "draw_served", "draw_services", "serve", "simulate",
 ]  # fmt: skip

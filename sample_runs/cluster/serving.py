@@ -7,6 +7,7 @@ for it and room for its keys and values; where room runs out, the newest is put 
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lens.slots import canonical
 from lens.tables import Tables
 from sample_runs.cluster.condition import Condition, Floats
 from sample_runs.cluster.fabric import Fabric
@@ -24,7 +24,7 @@ from sample_runs.cluster.traffic import SERVED, Disturbance, Load, Trouble
 from sample_runs.cluster.writer import Writer
 
 LAYERS = 2
-PLACES, ROOM, CHUNK = 8, 4000, 256
+PLACES, ROOM, CHUNK = 8, 12000, 256
 """Of a rank: requests at once, tokens whose keys and values it can keep, prompt tokens of one iteration."""
 PROMPT, LONGEST_PROMPT, OUTPUT, LONGEST_OUTPUT = 200.0, 700, 50.0, 150
 RATE = 4.0
@@ -63,9 +63,10 @@ class Service:
 
 @dataclass(frozen=True)
 class Served:
-    """What was recorded. arrived, lasted: seconds of each request that ended; steps: when each iteration began."""
+    """What was recorded. rank, arrived, lasted (s): of each request that ended; begun: when each iteration was."""
 
     tables: Tables
+    rank: NDArray[np.int64]
     arrived: Floats
     lasted: Floats
     begun: Floats
@@ -130,9 +131,10 @@ class _Serving:
             begun.append(float(self.clock.min()))
             self._iterate(step, now)
         self._tell_requests()
+        rank = np.array([rank for rank, *_ in self.ended], np.int64)
         arrived = np.array([request.arrived for _, request, _, _ in self.ended])
         lasted = np.array([left - request.arrived for _, request, left, _ in self.ended])
-        return Served(self.writer.tables(), arrived, lasted, np.array(begun))
+        return Served(self.writer.tables(), rank, arrived, lasted, np.array(begun))
 
     def _disturbed(self, step: int) -> Disturbance:
         now = Disturbance(self.layout.ranks)
@@ -172,7 +174,16 @@ class _Serving:
         if self.service.told:
             rows = np.arange(ranks)
             t0, t1 = self._stamp(begun), self._stamp(self.clock)
-            self.writer.add("steps", ranks, rank=rows, step=step, t0_ns=t0, t1_ns=t1, tokens=prefill + decode)
+            self.writer.add(
+                "steps",
+                ranks,
+                rank=rows,
+                step=step,
+                t0_ns=t0,
+                t1_ns=t1,
+                tokens=prefill + decode,
+                recompiles=now.compiled,
+            )
             self.writer.add("spans", ranks, rank=rows, step=step, kind="phase", name="forward", t0_ns=t0, t1_ns=t1)
         self._tell(step, now, prefill, decode)
         self.clock = self.clock + 2e-5
@@ -288,10 +299,10 @@ class _Serving:
             )
         }
         attrs = [
-            canonical({
+            json.dumps({
                 "number": number, "prompt_tokens": request.prompt, "output_tokens": request.output, "preemptions": request.put_back,
                 "queue_ns": round((request.begun - request.arrived) * 1e9), "t_first_token_ns": int(stamp["first"][number]),
-            })
+            }, sort_keys=True, separators=(",", ":"))
             for number, (_, request, _, _) in enumerate(self.ended)
         ]  # fmt: skip
         told = {"step": np.array([step for *_, step in self.ended])} if self.service.told else {}

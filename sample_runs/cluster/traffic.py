@@ -19,8 +19,9 @@ from sample_runs.cluster.layout import Layout
 class Disturbance:
     """One iteration's state: factors that are 1 while nothing is wrong.
 
-    rate, prompt: on arrivals and on their prompt tokens. chunk: on the prompt tokens that an iteration may take. room: on what
-    each rank can keep. slow: on each rank's computing. router: on what routers send to an owner's experts in decoding.
+    rate, prompt: on arrivals and on their prompt tokens. chunk: on the prompt tokens that an iteration may take. room: on
+    what each rank can keep. slow: on each rank's computing. compiled: compilations of each rank. router: on what routers
+    send to an owner's experts in decoding.
     """
 
     ranks: int
@@ -29,10 +30,11 @@ class Disturbance:
     chunk: float = 1.0
     room: Floats = field(init=False)
     slow: Floats = field(init=False)
+    compiled: Floats = field(init=False)
     router: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.room, self.slow = np.ones(self.ranks), np.ones(self.ranks)
+        self.room, self.slow, self.compiled = np.ones(self.ranks), np.ones(self.ranks), np.zeros(self.ranks)
 
 
 Act = Callable[[Disturbance, list[int], float, int], None]
@@ -106,20 +108,28 @@ def _cold(now: Disturbance, rows: list[int], strength: float, since: int) -> Non
     now.slow[rows] *= 1 + (strength - 1) * 0.4**since if since < 8 else 1.0
 
 
+def _recompiles(now: Disturbance, rows: list[int], strength: float, since: int) -> None:
+    """A rank compiles again for every batch of a size that it has not seen, which does not end."""
+    if since % 15 == 0:
+        now.slow[rows] *= strength
+        now.compiled[rows] += 1
+
+
 TROUBLES: dict[str, Ill] = {
-    "kv_cache_exhausted": Ill("rank", 3.4, 4.4, 0.8, _smaller, "the cache of keys and values of a rank becomes too small"),
+    "kv_cache_exhausted": Ill("rank", 10.2, 13.2, 0.8, _smaller, "the cache of keys and values of a rank becomes too small"),
     "kv_cache_everywhere": Ill(
-        "all", 3.4, 4.4, 0.9, _smaller, "the caches of all ranks become too small", cause="kv_cache_exhausted"
+        "all", 10.2, 13.2, 0.9, _smaller, "the caches of all ranks become too small", cause="kv_cache_exhausted"
     ),
     "prefill_interference": Ill("all", 2.5, 4.0, 0.45, _long_prompts, "prompts become long, and are prefilled in one piece"),
     "decode_expert_imbalance": Ill(
-        "experts", 4.0, 8.0, 0.5, _imbalanced, "routers send most of what is decoded to one owner's experts"
+        "experts", 4.0, 8.0, 0.7, _imbalanced, "routers send most of what is decoded to one owner's experts"
     ),
     "queue_overload": Ill("all", 2.6, 3.6, 0.6, _more, "more requests come than can be served"),
     "cold_start": Ill("all", 150.0, 400.0, 0.5, _cold, "the first iterations compile and load", always=True),
     "cold_rank": Ill(
         "rank", 150.0, 400.0, 0.5, _cold, "one rank compiles and loads in the first iterations", always=True, cause="cold_start"
     ),
+    "recompiling": Ill("rank", 6.0, 12.0, 0.45, _recompiles, "one rank compiles again and again", cause="recompilation"),
 }  # fmt: skip
 
 

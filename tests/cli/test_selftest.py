@@ -86,9 +86,8 @@ def test_nothing_to_share_is_no_number() -> None:
 
 
 def test_the_verb_judges_simulated_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["selftest", "--cases", "3", "--healthy-steps", "80", "--pairs", "1", "--seed", "2", "--json"]) == DONE
-    )
+    words = ["--cases", "3", "--healthy-steps", "80", "--pairs", "1", "--services", "1", "--seed", "2", "--json"]
+    assert main(["selftest", *words]) == DONE
     card = json.loads(capsys.readouterr().out)
     assert [one["fault"] for one in card["judged"]] == ["slow_device", "thermal_throttle", "power_cap"]
     assert all(one["causes"][0] == one["cause"] and one["said_ranks"] == one["ranks"] for one in card["judged"])
@@ -96,6 +95,9 @@ def test_the_verb_judges_simulated_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert [[cause for cause, _, _ in pair["truth"]] for pair in card["paired"]] == [
         ["ecc_remap", "thermal_throttle"]
     ]
+    (served,) = card["services"]["judged"]
+    assert (served["causes"], served["said_ranks"]) == (["kv_cache_exhausted"], served["ranks"])
+    assert card["services"]["cases"] == 1
 
 
 def test_without_the_simulator_the_error_says_what_to_install(

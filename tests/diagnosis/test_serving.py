@@ -51,7 +51,7 @@ def test_a_fault_of_a_service_is_named_at_its_ranks_and_nothing_else_is(name: st
         assert found["onset_step"] in (None, 0)
 
 
-@pytest.mark.parametrize(("place", "noise"), enumerate(sorted(SERVED)))
+@pytest.mark.parametrize(("place", "noise"), list(enumerate(sorted(SERVED))))
 def test_traffic_that_is_served_is_healthy(place: int, noise: str) -> None:
     service = Service(noise=noise, seed=5, told=place % 2 == 0)
     reply = diagnose(service.run(), serve(service).tables)
