@@ -40,6 +40,8 @@ class Learning:
         self._norm: Any = None
         self._step = self._recorded = NULL
         """The step of the losses, and the one recorded last."""
+        self._knows = False
+        """Whether a first step has shown what the training logs itself."""
         self._scaled: tuple[Any, Any] | None = None
         """What a GradScaler made, and of what."""
         self._columns: dict[tuple[str, ...], int] = {}
@@ -104,6 +106,10 @@ class Learning:
                 self._listens = False
                 return
             self._recorded = timeline.step
+            if not self._knows:
+                # It may log what it has after its optimizer has stepped.
+                self._knows = True
+                return
             numbers, away = {}, {}
             if losses and self._step == timeline.step:
                 if float is type(losses[0]):
