@@ -86,7 +86,7 @@ class Learning:
 
         # One function: each more that is met with cold caches costs microseconds.
         def passing(*args: Any, **kwargs: Any) -> Any:
-            if self._listens and args:
+            if self._listens and self.part.on and args:
                 loss = args[0]
                 if type(loss) is plain and loss.numel() == 1 and (len(args) == 1 or args[1] is None) and here():
                     self._keep(loss)
