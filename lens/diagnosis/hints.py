@@ -97,28 +97,28 @@ def _inside_less_outside(places: Places, says: Floats, device_of_row: Ints, card
 
 
 def of_exits(
-    places: Places, frame: Frame, transfers: Transfers, streams: Ints, gain_s: float, before: Ints, after: Ints
+    places: Places, frame: Frame, transfers: Transfers, streams: Ints, gain_s: Floats, before: Ints, after: Ints
 ) -> Floats:
     """Log-likelihood of each place from ranks that leave their collectives at another time than their group.
+
+    gain_s: seconds a step that each stream gained [streams of the run].
 
     A slow way out of a rank lets everybody else leave late, a slow way in that rank alone: either way it is the odd
     one out. Of two ranks, the one that waits less for data is the one whose way out is slow.
     """
     hints = np.zeros(len(places.places))
-    rows = np.flatnonzero(np.isin(transfers.stream_of, streams) & frame.collectives.complete)
-    if not len(rows) or gain_s <= 0:
-        return hints
-    shift = _shift(frame, transfers, rows, before, after)
+    shift = _shift(frame, transfers, before, after)
     odd = np.zeros(frame.shape[1])
     for stream in streams.tolist():
-        members = np.array(transfers.streams[stream].rows, np.int64)
-        own = shift[members]
-        if not np.isfinite(own).all() or transfers.streams[stream].op == "recv":
+        # Each by itself: ranks take part in different ones, and their sums do not compare.
+        own, gain = shift[transfers.member_stream == stream], float(gain_s[stream])
+        if not gain > 0 or not np.isfinite(own).all() or transfers.streams[stream].op == "recv":
             continue
+        members = transfers.member_row[transfers.member_stream == stream]
         if len(members) == 2:
-            odd[members] += np.where(own < own.mean() - 0.1 * gain_s, 0.5, 0.0)
+            odd[members] += np.where(own < own.mean() - 0.1 * gain, 0.5, 0.0)
         else:
-            odd[members] = np.maximum(odd[members], _alone(np.abs(own - np.median(own)) / gain_s))
+            odd[members] = np.maximum(odd[members], _alone(np.abs(own - np.median(own)) / gain))
     alone = np.bincount(places.behind_place, minlength=len(hints)) == 1
     single = alone[places.behind_place]
     hints[places.behind_place[single]] = EXIT_WEIGHT * np.minimum(1.0, odd[places.behind_row[single]])
@@ -154,13 +154,19 @@ def _alone(deviation: Floats) -> Floats:
     return result
 
 
-def _shift(frame: Frame, transfers: Transfers, rows: Ints, before: Ints, after: Ints) -> Floats:
-    """How much longer each rank's transfers take since the onset, in seconds a step [ranks]."""
-    step, row = frame.collectives.step[rows], frame.collectives.row[rows]
-    means = []
+def _shift(frame: Frame, transfers: Transfers, before: Ints, after: Ints) -> Floats:
+    """How much longer each member's part of a stream takes since the onset, in seconds a step [members]."""
+    ranks = frame.shape[1]
+    members = transfers.member_stream * ranks + transfers.member_row
+    known, member_at = np.unique(members, return_inverse=True)
+    rows = np.flatnonzero((transfers.stream_of >= 0) & frame.collectives.complete)
+    cell = transfers.stream_of[rows] * ranks + frame.collectives.row[rows]
+    rows, cell = rows[np.isin(cell, known)], np.searchsorted(known, cell[np.isin(cell, known)])
+    step, means = frame.collectives.step[rows], []
     for steps in (before, after):
         inside: Array = np.isin(step, steps)
-        total = np.bincount(row[inside], weights=transfers.x[rows][inside], minlength=frame.shape[1])
+        total = np.bincount(cell[inside], weights=transfers.x[rows][inside], minlength=len(known))
         means.append(total / max(len(steps), 1))
-    seen = np.bincount(row, minlength=frame.shape[1]) > 0
-    return np.where(seen, means[1] - means[0], np.nan)
+    seen = np.bincount(cell, minlength=len(known)) > 0
+    result: Floats = np.where(seen, means[1] - means[0], np.nan)[member_at]
+    return result

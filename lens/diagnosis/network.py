@@ -252,7 +252,9 @@ class Network:
         said = hints.of_places(self.places, self.ports, cards, card_of_row, _window(before, after))
         if len(before):
             gain = float(np.nanmax(effects.gain[first.streams])) if len(first.streams) else 0.0
-            said += hints.of_exits(self.places, self.frame, self.transfers, first.streams, gain, before, after)
+            said += hints.of_exits(
+                self.places, self.frame, self.transfers, first.streams, effects.gain, before, after
+            )
             rows = np.unique(self.transfers.member_row[np.isin(self.transfers.member_stream, first.streams)])
             share = gain / max(self._unit(after), 1e-9)
             said += hints.of_processes(self.places, self.signals, rows[:MOST_ALONE], before, after, share)

@@ -136,6 +136,13 @@ def _link(fabric: Fabric, strength: float, more: float, crosses: bool, touched: 
     return np.where(touched, 0.4, 1.0) * more if op == "all_to_all" else more
 
 
+def _queue(fabric: Fabric, strength: float, more: float, crosses: bool, touched: np.ndarray, op: str) -> Seconds:
+    """Sums wait in a queue on their way out; of two ranks the sender has what it needs sooner, in a ring nobody."""
+    if not crosses or not touched.any() or op == "all_to_all":
+        return 0.0
+    return np.where(touched, 0.5, 1.0) * more if len(touched) == 2 else more
+
+
 def _loss(fabric: Fabric, strength: float, more: float, crosses: bool, touched: np.ndarray, op: str) -> Seconds:
     hit = crosses and touched.any() and fabric.random.random() < 0.4
     return more * fabric.random.exponential(2.0) if hit else 0.0
@@ -164,7 +171,7 @@ def _quota(fabric: Fabric, strength: float, more: float, crosses: bool, touched:
 
 
 LENGTHENS: dict[str, Callable[[Fabric, float, float, bool, np.ndarray, str], Seconds]] = {
-    "link": _link, "loss": _loss, "crowded": _crowded, "latency": _latency, "fallback": _fallback,
+    "link": _link, "queue": _queue, "loss": _loss, "crowded": _crowded, "latency": _latency, "fallback": _fallback,
     "card_link": _card_link, "quota": _quota,
 }  # fmt: skip
 """Seconds that a fault adds to a transfer: strength, bandwidth seconds × (strength - 1), whether the group leaves a

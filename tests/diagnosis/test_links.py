@@ -106,6 +106,12 @@ def test_the_rank_that_leaves_late_because_of_a_slow_port_elsewhere_is_not_blame
     assert {"cause": "slow_device"}.items() <= reply["hypotheses"][0]["against"][0].items()
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_of_two_ranks_the_one_that_has_its_data_sooner_is_behind_the_slow_port(rank: int) -> None:
+    cluster = Cluster(ranks=4, hosts=4, ep=2, seed=rank, signals=False, faults=(Fault("queue", (rank,), 40, 8.0),))
+    assert first(verdict(cluster)) == ("slow_link", [rank])
+
+
 def test_what_a_slow_port_costs_is_what_the_same_run_takes_without_it() -> None:
     cluster = wide(Fault("link", (5,), 40, 6.0), ports="rank")
     found = verdict(cluster)["hypotheses"][0]
