@@ -1,7 +1,8 @@
 """Checkpoints that take too long: longer than before, longer than the peers', or too much of the run.
 
 A checkpoint that all ranks write at their usual pace is healthy, whatever it costs below a tenth of the run. What
-counts is a rank's own time in it: who waits for a slow writer in a barrier of the same phase is its victim.
+counts is a rank's own time in it: who waits for a slow writer in a barrier of the same phase is its victim, and how long
+a save took in which the collector may have had most of the time is not known.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lens.diagnosis import notices, policy
+from lens.diagnosis import notices, pauses, policy
 from lens.diagnosis.arrays import Floats, Ints, mean, median, median_of_others
 from lens.diagnosis.decompose import SECONDS
 from lens.diagnosis.examine import Examiner
@@ -29,6 +30,8 @@ GROWN_ONCE = 5.0
 """A single long save must be longer still: storage has its moments."""
 TOO_MUCH = 0.10
 """Share of the run that saves may take."""
+COLLECTED = 0.5
+"""Share of a save that garbage collections of its step must have taken for it to tell nothing of storage."""
 FEWEST_SAVES = 3
 """Saves before their share of the run, or of what peers take, is judged."""
 
@@ -54,6 +57,9 @@ class Saves:
         blocking = own is not None
         if own is None:
             own = _in_background(run)
+        collected = pauses.collected(run)
+        if collected is not None:
+            own = np.where(collected > COLLECTED * np.nan_to_num(own), np.nan, own)
         steps = np.flatnonzero((np.nan_to_num(own) > 0).any(axis=1))
         return cls(run, steps, np.where(own[steps] > 0, own[steps], np.nan), blocking)
 

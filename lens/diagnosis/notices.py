@@ -93,16 +93,18 @@ def on_grid(place: int) -> int:
     return int(places[-1]) if len(places) else -1
 
 
-def begins(values: Floats, least: int = 1) -> tuple[int, float, float]:
+def begins(values: Floats, least: int = 1, latest: int | None = None) -> tuple[int, float, float]:
     """Where a series splits best into a lower and a higher part: its place, and the means of both.
 
-    Each part has at least so many entries. A series too short, or one that does not rise, begins at 0 with its mean.
+    Each part has at least so many entries, and the higher begins at `latest` or before. A series too short, or one
+    that does not rise, begins at 0 with its mean.
     """
     count = len(values)
-    if count < 2 * least:
+    last = count - least if latest is None else min(latest, count - least)
+    if last < least:
         return 0, 0.0, float(values.mean()) if count else 0.0
     total = np.cumsum(values)
-    number = np.arange(least, count - least + 1)
+    number = np.arange(least, last + 1)
     below, above = total[number - 1] / number, (total[-1] - total[number - 1]) / (count - number)
     gap = above - below
     weight = np.where(gap > 0, gap**2 * number * (count - number), -1.0)

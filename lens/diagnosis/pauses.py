@@ -57,8 +57,8 @@ def _counted(name: str, factor: float) -> Callable[[Examiner], Floats | None]:
     return read
 
 
-def _collected(run: Examiner) -> Floats | None:
-    """Seconds of collection by step; from the counter where steps do not bear them."""
+def collected(run: Examiner) -> Floats | None:
+    """Seconds of collection by step [steps, ranks]; from the counter where steps do not bear them."""
     counted = _counted("gc_ns", SECONDS)(run)
     return spread_over_steps(run, "process.gc.time") if counted is None else counted
 
@@ -96,7 +96,7 @@ def _compiled(run: Examiner) -> Floats | None:
 
 
 KINDS = (
-    Kind("python_gc", "process.gc.time", "spend {now} a step in Python's garbage collector, in pauses of {each}", _collected, False),
+    Kind("python_gc", "process.gc.time", "spend {now} a step in Python's garbage collector, in pauses of {each}", collected, False),
     Kind("recompilation", "train.recompiles", "compile again and again, which takes {now} a step, {each} at a time", _compiled, True),
     Kind("logging_overhead", "train.log.time", "spend {now} a step on logging", _counted("log_ns", SECONDS), True),
 )  # fmt: skip
@@ -158,7 +158,11 @@ class Pauses:
 
     def _episode(self, kind: Kind, spent: Floats, row: int, unit: float) -> _Episode | None:
         """Since when a rank loses more, and whether that is its own; None when not."""
-        onset, before, now = notices.begins(spent[:, row])
+        paused = np.flatnonzero(spent[:, row] >= 0.3 * spent[:, row].max())
+        if len(paused) < FEWEST_PAUSES:
+            return None
+        # Pauses come one by one: the newest of them alone is always far above all steps before it.
+        onset, before, now = notices.begins(spent[:, row], latest=int(paused[-FEWEST_PAUSES]))
         often = (spent[onset:, row] >= 0.3 * spent[onset:, row].max()).mean()
         # Before a pause that was due anyway there is none either: the time without must be too long for chance.
         standing = onset * often < QUIET_PAUSES or before > now / GROWN

@@ -240,8 +240,12 @@ class Simulation:
                     self._busy(unit * share / segments * self._jitter(0.02))
                     self._meet(step, "ep", "all_to_all", phase, layer, 0.01 * c.step_s)
 
+        saves = c.checkpoint_every > 0 and step % c.checkpoint_every == c.checkpoint_every - 1
+        # Whoever saves allocates, and what is collected then is collected there.
+        in_save = gc if saves else np.zeros(c.ranks)
+
         def forward() -> None:
-            self._busy(stall)
+            self._busy(stall - in_save)
             pass_through(0.25, "forward")
 
         def backward() -> None:
@@ -263,12 +267,12 @@ class Simulation:
                 update[list(fault.ranks)] += fault.strength * c.step_s
         self._phase(step, "optimizer", lambda: self._busy(update))
         self._meet(step, "world", "all_reduce", "optimizer", -1, 0.01 * c.step_s)
-        if c.checkpoint_every and step % c.checkpoint_every == c.checkpoint_every - 1:
+        if saves:
             saving = c.step_s * 2 * self._jitter(0.2)
             for fault in c.faults:
                 if fault.kind == "checkpoint" and fault.active(step):
                     saving[list(fault.ranks)] *= fault.strength
-            self._phase(step, "checkpoint", lambda: self._busy(saving))
+            self._phase(step, "checkpoint", lambda: self._busy(saving + in_save))
         if c.eval_every and step % c.eval_every == c.eval_every - 1:
             self._phase(step, "eval", lambda: self._busy(c.step_s * 3 * self._jitter(0.05)))
         for _ in range(c.small):

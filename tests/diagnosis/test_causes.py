@@ -21,6 +21,17 @@ def test_collections_of_all_ranks_alike_are_planned() -> None:
     assert verdict(Cluster(ranks=8, faults=(everyone,)))["status"] == "healthy"
 
 
+def test_a_save_that_is_long_for_a_collection_within_it_says_nothing_of_storage() -> None:
+    reply = verdict(Cluster(ranks=8, steps=178, checkpoint_every=25, faults=(Fault("gc", (5,), 30, 0.5),)))
+    assert [(item["cause"], item["ranks"]) for item in reply["hypotheses"]] == [("python_gc", [5])]
+
+
+@pytest.mark.parametrize("steps", [176, 179, 182])
+def test_a_pause_in_the_newest_step_does_not_hide_those_before_it(steps: int) -> None:
+    reply = verdict(Cluster(ranks=8, steps=steps, faults=(Fault("gc", (5,), 30, 0.5),)))
+    assert first(reply) == ("python_gc", [5])
+
+
 @pytest.mark.parametrize("ranks", [(2,), (0, 1, 2, 3, 4, 5, 6, 7)], ids=["one", "all"])
 def test_checkpoints_that_grew_name_who_writes_slowly(ranks: tuple[int, ...]) -> None:
     cluster = Cluster(
