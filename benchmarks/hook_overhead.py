@@ -21,7 +21,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lens
 from benchmarks import hook_peers
-from benchmarks.cadence import Added, Spent, TrainingStep, added, clock
+from benchmarks.cadence import Added, Paired, Spent, TrainingStep, added, clock, in_turns
 from lens.hooks import native
 from lens.ring_reader import RingReader
 from lens.settings import Settings
@@ -43,6 +43,8 @@ from lens.slots import STEP, iter_records
 COLLECTIVES = (11, 60)
 ROUTERS = 4
 BLOCK_STEPS = 10
+WARM_STEPS = 4
+"""Steps with lens before any is measured: the first ones count the model's operations, once."""
 _native = True
 PEER_KEYS = {
     **{
@@ -74,45 +76,48 @@ def tier() -> str:
 
 
 class Measured:
-    """Steps with and without lens, in blocks that take turns."""
+    """Steps with and without lens, in blocks that take turns, the first and the last without."""
 
     def __init__(self, step: TrainingStep, blocks: int, rings: Path) -> None:
-        self._edges: dict[str, list[Spent]] = {"off": [], "on": [], "again": []}
-        self._times: dict[str, list[float]] = {"off": [], "on": [], "again": []}
+        self._blocks: list[list[Spent]] = []
+        self._times: list[float] = []
         self._reported: list[int] = []
         # In Python lens stands around the functions of torch.distributed, compiled below them.
         with step.noted(collectives=tier() == "python"):
-            for _ in range(blocks):
-                for mode in ("off", "on", "again"):
-                    self._block(step, mode, rings)
+            for number in range(2 * blocks + 1):
+                self._block(step, number % 2 == 1, rings)
 
-    def _block(self, step: TrainingStep, mode: str, rings: Path) -> None:
-        on = mode == "on"
+    def _block(self, step: TrainingStep, on: bool, rings: Path) -> None:
         with watching(step, rings) if on else contextlib.nullcontext(), step.noted_last():
             batches = iter(lens.data(step.batches())) if on else step.batches()
-            step.run(batches, on)
+            for _ in range(WARM_STEPS if on else 1):
+                step.run(batches, on)
             measured = [step.run(batches, on) for _ in range(BLOCK_STEPS)]
         if on:
             self._reported += _overheads(rings)
             shutil.rmtree(rings)
-        self._times[mode].append(statistics.median(took for took, _ in measured))
-        self._edges[mode] += [edges for _, edges in measured]
+        self._times.append(statistics.median(took for took, _ in measured))
+        self._blocks.append([edges for _, edges in measured])
 
     @property
-    def host(self) -> Added:
+    def host(self) -> Paired:
         """At all edges where the hook stands by itself."""
-        return self._added([name for name in self._names if name not in BEYOND])
+        return in_turns(self._blocks, self._own)
 
     @property
-    def noise_us(self) -> float:
-        """The same of steps without lens over others without."""
-        names = [name for name in self._names if name not in BEYOND]
-        return added(self._edges["again"], self._edges["off"], names).typical
+    def spread(self) -> Added:
+        """The same of single steps: how far nine of ten stay below."""
+        return added(self._of_blocks(1), self._of_blocks(0), self._own)
+
+    @property
+    def noise(self) -> Paired:
+        """The same of steps without lens, over those before and after them."""
+        return in_turns(self._blocks[::2], self._own)
 
     @property
     def items_us(self) -> dict[str, float]:
         """Microseconds a step at each edge."""
-        return {name: self._added([name]).typical for name in self._names}
+        return {name: in_turns(self._blocks, [name]).typical for name in self._names}
 
     @property
     def reported_us(self) -> float:
@@ -122,24 +127,28 @@ class Measured:
     @property
     def step_ms(self) -> float:
         """Length of a step without lens."""
-        return statistics.median(self._times["off"]) / 1e6
+        return statistics.median(self._times[::2]) / 1e6
 
     @property
     def ratio(self) -> float:
         """Length of a step with lens, of one without."""
-        return _ratio(self._times["on"], self._times["off"])
+        return _ratio(self._times)
 
     @property
     def ratio_aa(self) -> float:
         """Length of a step without lens, of one without: the noise."""
-        return _ratio(self._times["again"], self._times["off"])
+        return _ratio(self._times[::2])
+
+    def _of_blocks(self, first: int) -> list[Spent]:
+        return [spent for block in self._blocks[first::2] for spent in block]
 
     @property
     def _names(self) -> list[str]:
-        return list(self._edges["on"][0])
+        return list(self._blocks[1][0])
 
-    def _added(self, names: Sequence[str]) -> Added:
-        return added(self._edges["on"], self._edges["off"] + self._edges["again"], names)
+    @property
+    def _own(self) -> list[str]:
+        return [name for name in self._names if name not in BEYOND]
 
 
 def back_to_back(count: int, rings: Path) -> float:
@@ -211,7 +220,7 @@ def peers(python: str | None, traceml: Path | None, steps: int) -> dict[str, Any
 
 def measure(quick: bool, python: str | None, traceml: Path | None) -> dict[str, Any]:
     """All keys of this benchmark, with the sizes they were measured at."""
-    blocks, steps, loops = (8, 60, 20_000) if quick else (40, 400, 200_000)
+    blocks, steps, loops = (12, 60, 20_000) if quick else (60, 400, 200_000)
     torch.set_num_threads(1)
     # In Python a fake has a `wait` of its own; works of real backends have the one of their base class.
     del FakeWork.wait
@@ -221,17 +230,23 @@ def measure(quick: bool, python: str | None, traceml: Path | None) -> dict[str, 
     try:
         few, many = (Measured(TrainingStep(0.020, count), blocks, rings) for count in COLLECTIVES)
         short = Measured(TrainingStep(0.002, COLLECTIVES[0]), blocks, rings)
-        routed = Measured(TrainingStep(0.020, 0, ROUTERS), max(4, blocks // 4), rings)
+        routed = Measured(TrainingStep(0.020, 0, ROUTERS), max(6, blocks // 4), rings)
         extra = (many.host.typical - few.host.typical) / (COLLECTIVES[1] - COLLECTIVES[0])
         found = {
-            "host_us_per_step_11": few.host.typical,
-            "host_us_per_step_60": many.host.typical,
-            "host_p90_us_11": few.host.p90,
-            "host_p90_us_60": many.host.p90,
-            "edges_p90_us_11": few.host.p90_without,
-            "edges_p90_us_60": many.host.p90_without,
-            "noise_us_11": few.noise_us,
-            "noise_us_60": many.noise_us,
+            **{
+                f"{key}_{count}": value
+                for count, measured in zip(COLLECTIVES, (few, many), strict=True)
+                for key, value in {
+                    "host_us_per_step": measured.host.typical,
+                    "host_us_low": measured.host.low,
+                    "host_us_high": measured.host.high,
+                    "host_p90_us": measured.spread.p90,
+                    "edges_p90_us": measured.spread.p90_without,
+                    "noise_us": measured.noise.typical,
+                    "noise_us_low": measured.noise.low,
+                    "noise_us_high": measured.noise.high,
+                }.items()
+            },
             "tier": tier(),
             "ns_per_event": back_to_back(loops, rings),
             "ns_per_event_at_cadence": extra * 1000,
@@ -265,17 +280,22 @@ def _overheads(rings: Path) -> list[int]:
     return [record["overhead_ns"] for record in iter_records(part) if record["type"] == STEP][-BLOCK_STEPS:]
 
 
-def _ratio(with_it: list[float], without: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(with_it, without, strict=True))
+def _ratio(times: list[float]) -> float:
+    """Every second one over its neighbours."""
+    return statistics.median(2 * times[n] / (times[n - 1] + times[n + 1]) for n in range(1, len(times) - 1, 2))
 
 
 ROWS = (
     ("host time a step, 11 collectives, at cadence", "host_us_per_step_11", "µs"),
+    ("  with 95 % confidence not less than", "host_us_low_11", "µs"),
+    ("  and not more than", "host_us_high_11", "µs"),
     ("  nine of ten steps stay below", "host_p90_us_11", "µs"),
     ("  nine of ten steps without lens", "edges_p90_us_11", "µs"),
     ("  steps without lens over others without (noise)", "noise_us_11", "µs"),
     ("  the hook's own word", "reported_us_per_step_11", "µs"),
     ("host time a step, 60 collectives, at cadence", "host_us_per_step_60", "µs"),
+    ("  with 95 % confidence not less than", "host_us_low_60", "µs"),
+    ("  and not more than", "host_us_high_60", "µs"),
     ("  nine of ten steps stay below", "host_p90_us_60", "µs"),
     ("  nine of ten steps without lens", "edges_p90_us_60", "µs"),
     ("  steps without lens over others without (noise)", "noise_us_60", "µs"),

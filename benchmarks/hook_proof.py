@@ -26,9 +26,13 @@ A real step of about 20 ms on one thread, which evicts the caches between one co
 `torch.distributed` is torch's fake, whose collectives do nothing, so that their own time is no noise. Clocks stand at the
 edges where lens stands: between the call of a function and the beginning of its original, and back. Each edge is
 compared with itself: the mean of the middle half of its times with lens, less that without (which holds the clock pair
-and whatever of torch lies between); steps with and without take turns in blocks of ten. The sum of these differences is
-the host time a step. Under the compiled recorder a collective's edge is its whole call, since lens is inside. *Noise* is
-the same sum for steps without lens over other steps without. Nine of ten steps: sums of a whole step's edges over the
+and whatever of torch lies between); blocks of ten steps with and without take turns, and each block with lens is compared
+with the two beside it. The sum of these differences is the host time a step: the median over the blocks, in brackets the
+interval that holds it with 95 % confidence. Under the compiled recorder a collective's edge begins where torch enters C++
+and ends when its call has returned, since lens is inside. *Noise* is the same for steps without lens, over those without
+before and after them. The first four steps of each block with lens are not counted: in them the model's operations are counted,
+once in a training. Nor is, in the median, the step of each second that counts tokens and reads memory.
+Nine of ten steps: sums of a whole step's edges over the
 usual ones, with lens and without. The hook's own word is what it measures itself and reports as `lens.overhead.*`; it does
 not see what its being called costs, nor what it evicts. Peers log the same values, a call a step, into storage of their
 own on this machine; TraceML is measured at the same edges, and around its `trace_step`.
@@ -46,7 +50,7 @@ def run(*more: str) -> dict[str, Any]:
 def against_limits(runs: list[dict[str, Any]]) -> list[str]:
     """Every run against what it may cost, as Markdown."""
     lines = [
-        "| recorder | collectives | µs a step, run by run | own word | noise | limit |",
+        "| recorder | collectives | µs a step, run by run (95 %) | own word | noise | limit |",
         "|---|---|---|---|---|---|",
     ]
     for tier in ("native", "python"):
@@ -56,8 +60,13 @@ def against_limits(runs: list[dict[str, Any]]) -> list[str]:
             def shown(key: str, mine: list[dict[str, Any]] = mine, count: int = count) -> str:
                 return " · ".join(f"{found[f'{key}_{count}']:.0f}" for found in mine)
 
+            def within(found: dict[str, Any], count: int = count) -> str:
+                low, high = (f"{found[f'host_us_{end}_{count}']:.0f}" for end in ("low", "high"))
+                return f"{found[f'host_us_per_step_{count}']:.0f} ({low} to {high})"
+
             limit = LIMITS.get((tier, count))
-            cells = [tier, str(count), shown("host_us_per_step"), shown("reported_us_per_step"), shown("noise_us")]
+            host = " · ".join(map(within, mine))
+            cells = [tier, str(count), host, shown("reported_us_per_step"), shown("noise_us")]
             lines.append(f"| {' | '.join(cells)} | {limit or ''} |")
     return lines
 
