@@ -43,8 +43,9 @@ from lens.slots import STEP, iter_records
 COLLECTIVES = (11, 60)
 ROUTERS = 4
 BLOCK_STEPS = 10
-WARM_STEPS = 4
-"""Steps with lens before any is measured: the first ones count the model's operations, once."""
+WARM_STEPS = 8
+"""Steps with lens before any is measured: in the first ones the model's operations are counted, and backends are asked for
+the number of every collective."""
 _native = True
 PEER_KEYS = {
     **{

@@ -30,9 +30,9 @@ and whatever of torch lies between); blocks of ten steps with and without take t
 with the two beside it. The sum of these differences is the host time a step: the median over the blocks, in brackets the
 interval that holds it with 95 % confidence. Under the compiled recorder a collective's edge begins where torch enters C++
 and ends when its call has returned, since lens is inside. *Noise* is the same for steps without lens, over those without
-before and after them. The first four steps of each block with lens are not counted: in them the model's operations are counted,
-once in a training. Nor is, in the median, the step of each second that counts tokens and reads memory.
-Nine of ten steps: sums of a whole step's edges over the
+before and after them. The first eight steps of each block with lens are left out: in them, once in a training, the
+model's operations are counted and the backend is asked for the number of every collective. Nor does a middle show the
+one step a second that counts tokens and reads memory. Nine of ten steps: sums of a whole step's edges over the
 usual ones, with lens and without. The hook's own word is what it measures itself and reports as `lens.overhead.*`; it does
 not see what its being called costs, nor what it evicts. Peers log the same values, a call a step, into storage of their
 own on this machine; TraceML is measured at the same edges, and around its `trace_step`.

@@ -72,12 +72,21 @@ STRING_BYTES = 256 * 1024
 SLOT_COUNT_WORD, STRINGS_AT_WORD, STRINGS_SIZE_WORD, SLOTS_AT_WORD = 2, 3, 4, 5
 PID_WORD, THREAD_WORD, CLOSED_WORD, STRINGS_USED_WORD, STRINGS_REFUSED_WORD = 6, 7, 8, 9, 10
 OPEN_COLLECTIVE_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD = 16, 24, 32
+OPEN_COLLECTIVE_BYTE, OPEN_PHASE_BYTE, OPEN_STEP_BYTE = (
+    8 * OPEN_COLLECTIVE_WORD,
+    8 * OPEN_PHASE_WORD,
+    8 * OPEN_STEP_WORD,
+)
 CONTROL_WORD = PAGE // 8
 FLIGHTS_WORD, FLIGHT_WORDS, FLIGHTS = 64, 8, 48
 CONTROL_WORDS = ("detach", "detail", "profile_step", "profile_steps", "backoff_pct", "agent_seen_ns")
 
 _WORD = struct.Struct("<q")
 _SLOT = struct.Struct("<16q")
+pack_slot = _SLOT.pack_into
+"""``pack_slot(recorder.words, byte, *words)``: all words of a slot, in their order, in one call instead of one each."""
+pack_three, pack_five = struct.Struct("<3q").pack_into, struct.Struct("<5q").pack_into
+"""The same of so many words, as the header says what is open."""
 _WIDE, _MORE = "7q8dq", "q14dq"
 _FIRST, _NEXT = FIRST_PAYLOAD_WORDS, NEXT_PAYLOAD_WORDS
 _HEADER = struct.Struct("<9q")
@@ -116,6 +125,7 @@ class Recorder:
         "_strings_used",
         "_thread",
         "about",
+        "first_byte",
         "first_word",
         "mask",
         "next",
@@ -139,6 +149,7 @@ class Recorder:
         self.mask = count - 1
         slots_at = 2 * PAGE + STRING_BYTES
         self.first_word = slots_at // 8
+        self.first_byte = slots_at
         """Index in `words` of the first slot; the slot of sequence s begins 16 * (s - 1 & mask) words behind it."""
         self._size = slots_at + count * SLOT_BYTES
         self._map = allocate(path, self._size)
@@ -229,10 +240,7 @@ class Recorder:
 
     def enter_step(self, step: int, t0: int) -> None:
         """Note in the header that a step has begun: what a killed rank was in can be read afterwards."""
-        words = self.words
-        words[OPEN_STEP_WORD] = t0
-        words[OPEN_STEP_WORD + 1] = step
-        words[OPEN_STEP_WORD + 2] = 0
+        pack_three(self.words, OPEN_STEP_BYTE, t0, step, 0)
 
     def step(
         self,
@@ -249,45 +257,24 @@ class Recorder:
     ) -> None:
         """Record one step of this rank; times CLOCK_MONOTONIC ns."""
         words, seq = self.words, self.next
-        at = self.first_word + ((seq - 1 & self.mask) << 4)
-        words[at] = seq
-        words[at + 1] = STEP
-        words[at + 2] = t0
-        words[at + 3] = t1
-        words[at + 4] = step
-        words[at + 5] = 0
-        words[at + 6] = tokens
-        words[at + 7] = micro_batches
-        words[at + 8] = seq_sq
-        words[at + 9] = recompiles
-        words[at + 10] = gc_ns
-        words[at + 11] = log_ns
-        words[at + 12] = overhead_ns
-        words[at + 15] = seq
+        pack_slot(
+            words, self.first_byte + ((seq - 1 & self.mask) << 7),
+            seq, STEP, t0, t1, step, 0, tokens, micro_batches, seq_sq, recompiles, gc_ns, log_ns, overhead_ns, 0, 0, seq,
+        )  # fmt: skip
         self.next = seq + 1
-        words[OPEN_STEP_WORD] = 0
-        words[OPEN_STEP_WORD + 1] = step
-        words[OPEN_STEP_WORD + 2] = t1
+        pack_three(words, OPEN_STEP_BYTE, 0, step, t1)
 
     def enter_phase(self, name_id: int, t0: int, step: int) -> None:
         """Note in the header that a phase has begun."""
-        words = self.words
-        words[OPEN_PHASE_WORD] = t0
-        words[OPEN_PHASE_WORD + 1] = name_id
-        words[OPEN_PHASE_WORD + 2] = step
+        pack_three(self.words, OPEN_PHASE_BYTE, t0, name_id, step)
 
     def phase(self, name_id: int, t0: int, t1: int, step: int, micro_batch: int = NULL) -> None:
         """Record one phase of a step; times CLOCK_MONOTONIC ns."""
         words, seq = self.words, self.next
-        at = self.first_word + ((seq - 1 & self.mask) << 4)
-        words[at] = seq
-        words[at + 1] = PHASE
-        words[at + 2] = t0
-        words[at + 3] = t1
-        words[at + 4] = step
-        words[at + 5] = name_id
-        words[at + 6] = micro_batch
-        words[at + 15] = seq
+        pack_slot(
+            words, self.first_byte + ((seq - 1 & self.mask) << 7),
+            seq, PHASE, t0, t1, step, name_id, micro_batch, 0, 0, 0, 0, 0, 0, 0, 0, seq,
+        )  # fmt: skip
         self.next = seq + 1
         words[OPEN_PHASE_WORD] = 0
 
@@ -297,12 +284,7 @@ class Recorder:
 
     def enter_collective(self, ids: int, t0: int, number: int, size: int, step: int) -> None:
         """Note in the header that a collective was entered; ids = op id | group id << 32, size in bytes."""
-        words = self.words
-        words[OPEN_COLLECTIVE_WORD] = t0
-        words[OPEN_COLLECTIVE_WORD + 1] = ids
-        words[OPEN_COLLECTIVE_WORD + 2] = number
-        words[OPEN_COLLECTIVE_WORD + 3] = size
-        words[OPEN_COLLECTIVE_WORD + 4] = step
+        pack_five(self.words, OPEN_COLLECTIVE_BYTE, t0, ids, number, size, step)
 
     def collective(
         self,
@@ -320,21 +302,11 @@ class Recorder:
     ) -> None:
         """Record one collective: ids = op | group << 32, number = the group's own sequence, size in bytes."""
         words, seq = self.words, self.next
-        at = self.first_word + ((seq - 1 & self.mask) << 4)
-        words[at] = seq
-        words[at + 1] = COLLECTIVE
-        words[at + 2] = t0
-        words[at + 3] = t1
-        words[at + 4] = step
-        words[at + 5] = ids
-        words[at + 6] = number
-        words[at + 7] = size
-        words[at + 8] = t_wait
-        words[at + 9] = t_done
-        words[at + 10] = dtype_phase
-        words[at + 11] = layer_micro_batch
-        words[at + 12] = peer_flags
-        words[at + 15] = seq
+        pack_slot(
+            words, self.first_byte + ((seq - 1 & self.mask) << 7),
+            seq, COLLECTIVE, t0, t1, step, ids, number, size, t_wait, t_done, dtype_phase, layer_micro_batch, peer_flags,
+            0, 0, seq,
+        )  # fmt: skip
         self.next = seq + 1
         words[OPEN_COLLECTIVE_WORD] = 0
 
@@ -470,7 +442,7 @@ class Recorder:
             self._pack_slot(seq, *words, -seq)
 
     def _pack_slot(self, *words: int) -> None:
-        _SLOT.pack_into(self._map, (self.first_word + ((words[0] - 1 & self.mask) << 4)) * 8, *words)
+        pack_slot(self._map, self.first_byte + ((words[0] - 1 & self.mask) << 7), *words)
 
     def _view(self) -> None:
         self.words = memoryview(self._map).cast("q")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens.hooks.guard import StandIn
 from lens.hooks.timeline import Timeline
 from lens.hooks.unseen import unseen
 from lens.slots import NULL
+
+if TYPE_CHECKING:
+    from lens.hooks.learning import Learning
 
 
 class RootForward(StandIn):
@@ -81,8 +84,11 @@ def at_next_backward(action: Callable[[], None]) -> None:
     torch.autograd.backward = first
 
 
-def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[Any], None]) -> None:
-    """Time the optimizer's step by its own hooks, and call `after_step` with it inside of a step."""
+def watch_optimizer(
+    optimizer: Any, timeline: Timeline, after_step: Callable[[Any], None], learning: Learning
+) -> None:
+    """Time the optimizer's step by its own hooks, and call `after_step` with it inside of a step, where that has anything
+    to do: the step ends, or something was learned."""
     name = timeline.phase_id("optimizer")
     found, leave = timeline.found, timeline.leave
     began = False
@@ -94,7 +100,7 @@ def watch_optimizer(optimizer: Any, timeline: Timeline, after_step: Callable[[An
     def after(stepped: Any, *_: Any) -> None:
         if began:
             leave()
-        if timeline.here() and timeline.step != NULL:
+        if (learning.held or not timeline.steps_by_hand) and timeline.step != NULL and timeline.here():
             after_step(stepped)
 
     for hook in (before, after):

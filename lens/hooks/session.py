@@ -145,7 +145,7 @@ class Session:
                 watch_generate(model, self.requests())
         if any(thing is optimizer for thing in new):
             self.trains = True
-            automatic.watch_optimizer(optimizer, self.timeline, self._after_optimizer)
+            automatic.watch_optimizer(optimizer, self.timeline, self._after_optimizer, self.learning)
 
     def requests(self) -> Requests:
         """What records requests: made when a model that generates is watched, or a request is told by hand."""

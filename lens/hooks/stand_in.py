@@ -17,6 +17,7 @@ from typing import Any
 
 from lens.hooks.unseen import unseen
 from lens.recorder import OPEN_COLLECTIVE_WORD as OPEN
+from lens.recorder import pack_five, pack_slot
 from lens.slots import COLLECTIVE, NULL
 
 
@@ -38,7 +39,7 @@ def stand_in(original: Any, name: str, place: int, measure: str, names: Mapping[
     # Not the original's parameters: somebody else's wrapper may hide them.
     declared = inspect.unwrap(vars(pristine)[name])
     parameters = ", ".join(inspect.signature(declared).parameters)
-    made = dict(names, original=original)
+    made = dict(names, original=original, pack_slot=pack_slot, pack_five=pack_five)
     exec(_compiled(_text(name, parameters, place, measure)), made)
     function: FunctionType = made[name]
     function.__defaults__ = declared.__defaults__
@@ -66,11 +67,7 @@ def _text(name: str, parameters: str, place: int, measure: str) -> str:
                     here = this_thread() == main_thread
                     if here:
                         ids, step, words = entry.ids[{place}], timeline.step, recorder.words
-                        words[{OPEN}] = t0
-                        words[{OPEN + 1}] = ids
-                        words[{OPEN + 2}] = number
-                        words[{OPEN + 3}] = size
-                        words[{OPEN + 4}] = step
+                        pack_five(words, {OPEN * 8}, t0, ids, number, size, step)
                     else:
                         enter_elsewhere({place}, entry, dtype, number, size, t0)
             except Exception as error:
@@ -87,19 +84,11 @@ def _text(name: str, parameters: str, place: int, measure: str) -> str:
                 entry.number = number
                 if result is None and here:
                     sequence = recorder.next
-                    at = recorder.first_word + ((sequence - 1 & recorder.mask) << 4)
-                    words[at] = sequence
-                    words[at + 1] = {COLLECTIVE}
-                    words[at + 2] = t0
-                    words[at + 3] = t1
-                    words[at + 4] = step
-                    words[at + 5] = ids
-                    words[at + 6] = number
-                    words[at + 7] = size
-                    words[at + 8] = words[at + 9] = {NULL}
-                    words[at + 10] = (dtypes.get(dtype) or new_dtype(dtype)) | timeline.phase << 32
-                    words[at + 11] = words[at + 12] = 0
-                    words[at + 15] = sequence
+                    pack_slot(
+                        words, recorder.first_byte + ((sequence - 1 & recorder.mask) << 7),
+                        sequence, {COLLECTIVE}, t0, t1, step, ids, number, size, {NULL}, {NULL},
+                        (dtypes.get(dtype) or new_dtype(dtype)) | timeline.phase << 32, 0, 0, 0, 0, sequence,
+                    )
                     recorder.next = sequence + 1
                     words[{OPEN}] = 0
                     timeline.spent_on_collectives += before - t0 + clock() - t1

@@ -20,14 +20,21 @@ from lens.hooks import native
 from lens.hooks.guard import Part
 from lens.hooks.marked import Step
 from lens.hooks.unseen import leave_alone, unseen
-from lens.recorder import CONTROL_WORD, OPEN_PHASE_WORD, OPEN_STEP_WORD, Recorder
-from lens.slots import NULL, PHASE
+from lens.recorder import (
+    CONTROL_WORD,
+    OPEN_PHASE_BYTE,
+    OPEN_PHASE_WORD,
+    OPEN_STEP_BYTE,
+    Recorder,
+    pack_slot,
+    pack_three,
+)
+from lens.slots import NULL, PHASE, STEP
 
 _clock = time.monotonic_ns
 _this_thread = threading.get_ident
-_OPEN_T0, _OPEN_NAME, _OPEN_STEP = range(OPEN_PHASE_WORD, OPEN_PHASE_WORD + 3)
-_STEP_T0, _STEP_NUMBER, _STEP_T1 = range(OPEN_STEP_WORD, OPEN_STEP_WORD + 3)
 _NO_ATTRIBUTES = (NULL, NULL, NULL)
+_SAYS_NOTHING = (None, None, None, None)
 _PART = "steps and phases"
 
 
@@ -69,6 +76,7 @@ class Timeline:
         "_names",
         "_outer",
         "_phase_t0",
+        "_plain_step",
         "_recorder",
         "_spent_before",
         "_waited",
@@ -110,6 +118,8 @@ class Timeline:
         self.look_at = 0
         """From then on, too: the time of the next look at this process's counters."""
         self._end: Callable[[], Any] = self.end_step
+        self._plain_step = Step(self, _SAYS_NOTHING)
+        """Serves all steps of which nothing is said: it keeps nothing of its own."""
         self.last_end = 0
         """When the last step ended."""
         self.last_step = NULL
@@ -174,14 +184,20 @@ class Timeline:
         now = _clock()
         if self.phase:
             self._close_phases(now)
-        tokens, micro_batches, seq_sq = self._attributes
-        self._recorder.step(
-            self.step, self.step_t0, now, tokens, micro_batches, seq_sq,
+        # As `Recorder.step` writes it.
+        recorder, number = self._recorder, self.step
+        words, sequence = recorder.words, recorder.next
+        pack_slot(
+            words, recorder.first_byte + ((sequence - 1 & recorder.mask) << 7),
+            sequence, STEP, self.step_t0, now, number, 0, *self._attributes,
             NULL, self.gc_ns - self._gc_before, NULL,
             self.spent + self.spent_on_collectives + self.spent_on_experts - self._spent_before + _clock() - now,
+            0, 0, sequence,
         )  # fmt: skip
+        recorder.next = sequence + 1
+        pack_three(words, OPEN_STEP_BYTE, 0, number, now)
         self.steps += 1
-        self.last_step = self.step
+        self.last_step = number
         self.step = NULL
         self.last_end = now
         return now
@@ -201,7 +217,9 @@ class Timeline:
 
     def new_step(self, *about: int | None) -> Step | None:
         """A step marked by hand, of the arguments of `begin_step`; None where nothing is recorded."""
-        return Step(self, about) if self.part.on and _this_thread() == self.thread else None
+        if not self.part.on or _this_thread() != self.thread:
+            return None
+        return self._plain_step if about == _SAYS_NOTHING else Step(self, about)
 
     def all_spent(self) -> int:
         """Nanoseconds that the hook has taken since the process was watched."""
@@ -242,10 +260,7 @@ class Timeline:
             for since, arrived in waited:
                 recorder.phase(self._data, since, arrived, number)
             waited.clear()
-        words = recorder.words
-        words[_STEP_T0] = began
-        words[_STEP_NUMBER] = number
-        words[_STEP_T1] = 0
+        pack_three(recorder.words, OPEN_STEP_BYTE, began, number, 0)
 
     # --- phases ------------------------------------------------------------------------------------------------
 
@@ -275,10 +290,7 @@ class Timeline:
             self._phase_t0 = now
             self._micro_batch = micro_batch
             self._by_hand = not found
-            words = recorder.words
-            words[_OPEN_T0] = now
-            words[_OPEN_NAME] = name
-            words[_OPEN_STEP] = step
+            pack_three(recorder.words, OPEN_PHASE_BYTE, now, name, step)
             self.spent += _clock() - now
             return True
         except Exception as error:
@@ -296,10 +308,7 @@ class Timeline:
             now = self._phase_t0 = _clock()
             self.phase = name
             self._micro_batch = NULL
-            words = self._recorder.words
-            words[_OPEN_T0] = now
-            words[_OPEN_NAME] = name
-            words[_OPEN_STEP] = self.step
+            pack_three(self._recorder.words, OPEN_PHASE_BYTE, now, name, self.step)
             self.spent += _clock() - now
             return True
         except Exception as error:
@@ -330,22 +339,18 @@ class Timeline:
             # As `Recorder.phase` writes it.
             recorder = self._recorder
             words, sequence = recorder.words, recorder.next
-            at = recorder.first_word + ((sequence - 1 & recorder.mask) << 4)
-            words[at] = sequence
-            words[at + 1] = PHASE
-            words[at + 2] = self._phase_t0
-            words[at + 3] = now
-            words[at + 4] = self.step
-            words[at + 5] = phase
-            words[at + 6] = self._micro_batch
-            words[at + 15] = sequence
+            pack_slot(
+                words, recorder.first_byte + ((sequence - 1 & recorder.mask) << 7),
+                sequence, PHASE, self._phase_t0, now, self.step, phase, self._micro_batch,
+                0, 0, 0, 0, 0, 0, 0, 0, sequence,
+            )  # fmt: skip
             recorder.next = sequence + 1
             if self._outer:
                 self._go_on_with(self._outer.pop(), now)
             else:
                 self.phase = 0
                 self._by_hand = False
-                words[_OPEN_T0] = 0
+                words[OPEN_PHASE_WORD] = 0
             self.spent += _clock() - now
         except Exception as error:
             self.part.fail(error)
@@ -384,10 +389,7 @@ class Timeline:
             if self.step != NULL:
                 return self.enter(self._data)
             now = self._waiting_since = _clock()
-            words = self._recorder.words
-            words[_OPEN_T0] = now
-            words[_OPEN_NAME] = self._data
-            words[_OPEN_STEP] = self.next_number
+            pack_three(self._recorder.words, OPEN_PHASE_BYTE, now, self._data, self.next_number)
             return True
         except Exception as error:
             self.part.fail(error)
@@ -402,7 +404,7 @@ class Timeline:
             if arrived:
                 self._waited.append((self._waiting_since, _clock()))
             self._waiting_since = 0
-            self._recorder.words[_OPEN_T0] = 0
+            self._recorder.words[OPEN_PHASE_WORD] = 0
         except Exception as error:
             self.part.fail(error)
 
