@@ -145,8 +145,8 @@ class Serving:
                 rows |= {row for row in caches - rows if self._leans(row, place, worst.began)}
             everywhere = rows >= (caches if of_cache else servers | rows) and not (of_cache and len(rows) == 1)
             held = () if everywhere else notices.listed(row for row in rows if row >= 0)
-            if cause == "cold_start" and everywhere:
-                held = self._late(worst)
+            if cause == "cold_start":
+                held = self._late(worst, held) or held
             said = worst.said if not held else f"{{ranks}}: {worst.said}"
             found.append(Notice(
                 cause, held, self._place(min(sign.began for sign in mine)),
@@ -155,14 +155,16 @@ class Serving:
             ))  # fmt: skip
         return found
 
-    def _late(self, sign: Sign) -> tuple[int, ...]:
-        """Ranks that all others waited for in a cold start."""
+    def _late(self, sign: Sign, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of some ranks (() = all) that the others of them waited for in a cold start; () where none stands out."""
         if sign.over is None or not self.paced:
             return ()
         frame = self.run.frame
+        among = np.array(rows or range(frame.shape[1]), np.int64)
         until = self.origin + round(sign.over * 1e9)
-        late = starting.late_rows(frame.self_time, frame.blocked, self.run.timeline.ended_ns, until)
-        return () if late is None else notices.listed(late)
+        ended = self.run.timeline.ended_ns
+        late = starting.late_rows(frame.self_time[:, among], frame.blocked[:, among], ended, until)
+        return () if late is None else notices.listed(among[late])
 
     def _place(self, seconds: float) -> int:
         """The step place at a moment, -1 without steps."""

@@ -10,6 +10,7 @@ import pytest
 from helpers import built, shuffled
 
 from lens.diagnosis import diagnose
+from sample_runs.cluster.layout import Layout
 from sample_runs.cluster.serving import Service, serve
 from sample_runs.cluster.traffic import SERVED, TROUBLES, Trouble
 
@@ -49,6 +50,12 @@ def test_a_fault_of_a_service_is_named_at_its_ranks_and_nothing_else_is(name: st
         assert abs(found["onset_step"] - fault.step) < 60
     else:
         assert found["onset_step"] in (None, 0)
+
+
+def test_a_cold_rank_is_told_from_those_of_its_group_that_wait_for_it() -> None:
+    cold = Trouble("cold_rank", 0, 1, 226.0)
+    service = Service(Layout(8, ep=4), noise="mixed", load=0.5, faults=(cold,), seed=22)
+    assert told(diagnose(service.run(), serve(service).tables)) == [("cold_start", [1])]
 
 
 @pytest.mark.parametrize(("place", "noise"), list(enumerate(sorted(SERVED))))
