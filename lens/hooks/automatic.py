@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens.hooks.guard import StandIn
 from lens.hooks.timeline import Timeline
-from lens.hooks.unseen import unseen
+from lens.hooks.unseen import unseen_hook
 from lens.slots import NULL
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def watch_optimizer(
             after_step(stepped)
 
     for hook in (before, after):
-        unseen(hook, _nothing)
+        unseen_hook(hook)
     for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
         timeline.part.at_end(handle.remove)
 
@@ -123,7 +123,3 @@ def watch_loaders(timeline: Timeline) -> None:
         return timeline.wait_for(original, self)
 
     timeline.part.patch(iterator, "__next__", wrapper)
-
-
-def _nothing(*_: Any) -> None:
-    """What dynamo takes for a hook of ours."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from lens.hooks.guard import Part
 from lens.hooks.timeline import Timeline
+from lens.hooks.unseen import unseen_hook
 from lens.slots import NULL
 
 _MOST_STEPS = 3
@@ -83,26 +83,23 @@ def watch_every_optimizer(
     Args:
         arrive: called once, when the first optimizer has stepped: from there on whole steps are seen.
     """
-    import torch
     from torch.optim import optimizer as optimizers
 
     name = timeline.phase_id("optimizer")
-    compiling: Callable[[], bool] = torch.compiler.is_compiling
     ending: Callable[[], Any] = lambda: None  # noqa: E731
     began = False
 
     def before(*_: Any) -> None:
         nonlocal began
-        if not compiling():
-            began = timeline.enter(name, NULL, True)
+        began = timeline.found(name)
 
     def after(optimizer: Any, *_: Any) -> None:
         nonlocal began, ending, arrive
-        if arrive is not None and not compiling():
+        if arrive is not None:
             arrived, arrive = arrive, None
             arrived()
             return
-        if compiling() or not timeline.here():
+        if not timeline.here():
             return
         if began:
             began = False
@@ -112,9 +109,8 @@ def watch_every_optimizer(
         if ending() is optimizer and timeline.step != NULL:
             after_step(optimizer)
 
-    if "torch._dynamo" in sys.modules:
-        # Below a compiled optimizer these would be traced, and what they call with them.
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    for hook in (before, after):
+        unseen_hook(hook)
     for handle in (
         optimizers.register_optimizer_step_pre_hook(before),
         optimizers.register_optimizer_step_post_hook(after),

@@ -17,18 +17,29 @@ def unseen(function: Any, instead: Callable[..., Any]) -> None:
     leave_alone(function)
 
 
-def leave_alone(*functions: Any) -> None:
-    """Let dynamo compile none of these when they are called from what it has given up on.
+def unseen_hook(hook: Any) -> None:
+    """Let dynamo trace nothing for this hook, which calls nothing of the training's, and leave all alone that it calls."""
+    vars(hook)["_torchdynamo_inline"] = _nothing
+    leave_alone(hook, and_below=True)
+
+
+def leave_alone(*functions: Any, and_below: bool = False) -> None:
+    """Let dynamo compile none of these when they are called from what it has given up on; `and_below`: nor what they call.
 
     In a torch that has no such switch it tries to, gives up, and runs them as they are.
     """
     torch: Any = sys.modules.get("torch")
     try:
         switch = torch._C._dynamo.eval_frame
-        alone = switch._FrameExecStrategy(switch._FrameAction.SKIP, switch._FrameAction.DEFAULT)
+        skip, default = switch._FrameAction.SKIP, switch._FrameAction.DEFAULT
+        alone = switch._FrameExecStrategy(skip, skip if and_below else default)
         choose = switch.set_code_exec_strategy
     except AttributeError:
         return
     for function in functions:
         if isinstance(function, FunctionType):
             choose(function.__code__, alone)
+
+
+def _nothing(*_: Any) -> None:
+    """What dynamo takes for a hook of ours."""

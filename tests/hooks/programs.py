@@ -216,3 +216,21 @@ for step in range(3):
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
 """
+
+COMPILED_STEP = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+def train(batch):
+    loss = model(batch).sum()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+compiled = torch.compile(train, backend="eager")
+for step in range(3):
+    print(compiled(torch.ones(2, 4)).item().hex())
+print(sum(torch._dynamo.utils.counters["graph_break"].values()))
+"""

@@ -190,6 +190,12 @@ def test_compiled_models_stay_whole(rings: Path) -> None:
 
 
 @pytest.mark.long
+def test_steps_that_are_compiled_as_a_whole_are_recorded_and_broken_no_more_often(rings: Path) -> None:
+    (recorded,) = same_with_and_without([written(rings, programs.COMPILED_STEP)], rings)
+    assert [step["step"] for step in recorded.steps] == [0, 1, 2]
+
+
+@pytest.mark.long
 def test_a_script_that_watches_itself_is_recorded_once_and_as_it_says(rings: Path) -> None:
     script = programs.PLAIN_LOOP.replace(
         "for step", "import lens\nlens.watch(model, optimizer, run='own')\nfor step"
