@@ -10,7 +10,8 @@ from dataclasses import replace
 from lens.store.export.exporter import Export, Wanted
 
 MOST_BYTES = 64 << 20
-MOST_OF_ONE = 4 << 20
+MOST_OF_ONE = 16 << 20
+"""A million samples, lz4, take about 5 MB; what is larger is read from the database each time."""
 Key = tuple[int, Wanted]
 """Number of a run, and what was wanted of it."""
 State = tuple[int, int, int]
