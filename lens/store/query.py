@@ -37,6 +37,7 @@ Evaluate = Callable[[Sequence[str], dict[str, Any], Update, "int | None"], list[
 """Runs functions of `lens.diagnosis`, given by name, on the history of a run (see `history`)."""
 DIAGNOSIS, LEDGER = "diagnose", "ledger"
 _KEPT_ANSWERS = 64
+_GIVEN_UP = "lens.collector.dropped"
 _MOST_SPANS = 5000
 _OF_COLLECTIVE = ("group", "seq", "bytes", "phase")
 _OF_ASYNC = ("t_wait_ns", "t_done_ns")
@@ -90,7 +91,11 @@ class Query:
         return [self._summary(run) for run in those_of(self._folder.registry.runs(), project)]
 
     def run(self, run: str) -> dict[str, Any]:
-        """One run: its summary and ranks, groups, experts, config, data_versions, device_hour_price, metrics, drops."""
+        """One run: its summary and ranks, groups, experts, config, data_versions, device_hour_price, metrics, drops.
+
+        Of drops, lost_slots were overwritten in a ring before an agent read them, given_up left a full or damaged spool
+        before the store had them, and rejected are records that the store could not take.
+        """
         known = self._settled(run)
         progress = self._folder.registry.progress(known.number)
         return {
@@ -99,7 +104,11 @@ class Query:
             **{key: known.described.get(key) or {} for key in ("groups", "experts", "config", "data_versions")},
             "device_hour_price": self._prices.of(known.described.get("ranks") or []),
             "metrics": self._metrics(known),
-            "drops": {"lost_slots": progress.lost_slots, "rejected": progress.rejected},
+            "drops": {
+                "lost_slots": progress.lost_slots,
+                "given_up": round(sum(found["value"] for found in self.latest(run, _GIVEN_UP))),
+                "rejected": progress.rejected,
+            },
         }
 
     def now(self, run: str) -> dict[str, Any]:

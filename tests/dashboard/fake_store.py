@@ -37,7 +37,7 @@ class FakeQuery:
         age = None if last_t is None else max(0.0, time.time() - last_t / 1e9)
         return {
             "name": run, "started_ns": None, "groups": {}, "config": {}, "tags": [], "ranks": [],
-            "simulated": False, "drops": {"lost_slots": 0, "rejected": 0},
+            "simulated": False, "drops": {"lost_slots": 0, "given_up": 0, "rejected": 0},
             "metrics": [{"metric": name, "unit": UNITS.get(name, "1")} for name in self.metrics(tables)],
             "last_step": last_step, "last_t_ns": last_t, "age_s": age,
             "ranks_reporting": len(np.unique(tables.steps["rank"])),

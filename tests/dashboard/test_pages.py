@@ -203,6 +203,17 @@ def test_colours_follow_the_system_and_the_reader(server: Server, open_page: Ope
     assert page.evaluate(ground) == bright[other], "the choice is kept"
 
 
+def test_what_never_came_to_the_store_is_counted_in_the_header(server: Server, open_page: Open, run: str) -> None:
+    page = open_page(server, f"/run/{run}")
+    page.wait_for_selector("#status [data-state='live']")
+    assert page.query_selector(".lens-missing-records") is None
+    drops = {"lost_slots": 700, "given_up": 30, "rejected": 4}
+    server.post("/api/v1/runs", json.dumps({**synthetic.run_object(run, 4), "drops": drops}).encode())
+    says(page, "#status", "734 records missing")
+    title = page.get_attribute(".lens-missing-records", "title")
+    assert [count in title for count in ("700 overwritten", "30 given up", "4 refused")] == [True] * 3
+
+
 def test_a_silent_run_is_called_stale_and_its_pictures_fade(server: Server, open_page: Open, run: str) -> None:
     page = open_page(server, f"/run/{run}")
     page.wait_for_selector("#status [data-state='live']")
