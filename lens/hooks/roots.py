@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,12 @@ class RootSearch:
         return True
 
 
+def _has_compiled() -> bool:
+    """Whether torch.compile has made graphs in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters.get("stats"))
+
+
 def watch_every_optimizer(
     timeline: Timeline, after_step: Callable[[Any], None], arrive: Callable[[], None] | None = None
 ) -> None:
@@ -109,8 +116,14 @@ def watch_every_optimizer(
         if ending() is optimizer and timeline.step != NULL:
             after_step(optimizer)
 
-    for hook in (before, after):
-        unseen_hook(hook)
+    if _has_compiled():
+        # A compiled step that is traced anew for our hooks would count its own breaks once more: it ends at them instead.
+        import torch
+
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    else:
+        for hook in (before, after):
+            unseen_hook(hook)
     for handle in (
         optimizers.register_optimizer_step_pre_hook(before),
         optimizers.register_optimizer_step_post_hook(after),
