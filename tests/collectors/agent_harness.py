@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from typing import Any
 import zstandard
 
 from lens.slots import SLOT_BYTES, Batch, RingPart, decode_batch, iter_records
+from tests.waiting import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSE_REPLY = -1
@@ -209,10 +209,29 @@ class Host:
     def agent(self, **more: str) -> subprocess.Popen[str]:
         return self._start([sys.executable, "-m", "lens.collectors.agent"], self.environment(**more))
 
+    def all_shipped_by(self, agent: subprocess.Popen[str]) -> None:
+        """Wait until an agent has ended and nothing is left in its spool.
+
+        One that gets no answer for some seconds, because the machine lets us stand, leaves the rest to the next.
+        """
+        assert agent.wait(PATIENCE_S) == 0, agent.communicate()
+        for _ in range(5):
+            if not list(self.folder.glob("spool/*/*.segment")):
+                return
+            assert self.agent().wait(PATIENCE_S) == 0
+        raise AssertionError("agents have ended, and left what they should have shipped")
+
     def writer(self, count: int, pause: float = 0.0, end: str = "close", **about: Any) -> subprocess.Popen[str]:
         described = {"run": "r1", "rank": 0, "world_size": 1, "role": "trainer", **about}
         code = WRITER.replace("{about}", repr(described))
-        return self._start([sys.executable, "-c", code, str(count), str(pause), end], self.environment())
+        return self.recording(code, str(count), str(pause), end)
+
+    def recording(self, code: str, *arguments: str) -> subprocess.Popen[str]:
+        """A process that records, once it has begun to: an agent that comes first finds nobody and soon ends."""
+        process = self.script(code, *arguments)
+        rings = self.folder / "rings" / self.host
+        wait_for(lambda: any(rings.glob(f"{process.pid}-*/about.json")) or process.poll() is not None)
+        return process
 
     def script(self, code: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
         return self._start([sys.executable, "-c", code, *arguments], self.environment(**more))
@@ -235,14 +254,3 @@ class Host:
             if process.poll() is None:
                 process.kill()
             process.communicate()
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    """What the condition gives, once it gives something."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {timeout_s} s: {condition}")

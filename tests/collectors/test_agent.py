@@ -16,7 +16,8 @@ import pytest
 from lens import catalogue
 from lens.ring_reader import RingReader
 from lens.slots import SLOT_BYTES, STEP, iter_records
-from tests.collectors.agent_harness import BREAK, LOSE_REPLY, ROOT, Host, Request, StubServer, wait_for
+from tests.collectors.agent_harness import BREAK, LOSE_REPLY, ROOT, Host, Request, StubServer
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.processes
 
@@ -35,8 +36,8 @@ def written(host: Host, run: str = "r1") -> dict[int, bytes]:
 
 def test_every_slot_arrives_once_and_the_ring_is_archived_and_removed(host: Host, server: StubServer) -> None:
     writer, agent = host.writer(3000), host.agent()
-    assert writer.wait(20) == 0
-    assert agent.wait(20) == 0
+    assert writer.wait(PATIENCE_S) == 0
+    host.all_shipped_by(agent)
     (stored,) = server.slots().values()
     assert stored == written(host)
     assert sorted(stored) == list(range(1, 3001))
@@ -53,8 +54,11 @@ def test_an_agent_killed_again_and_again_loses_and_doubles_nothing(host: Host, s
         return chance.choices([200, LOSE_REPLY, BREAK, 503], [70, 12, 10, 8])[0]
 
     server.plan = plan
-    writer = host.writer(200_000, 0.001, "wait")
-    for number in range(10):  # twenty: make prove-delivery
+    host.more["LENS_RING_MIB"] = "16"  # what a busy machine takes for all this must not lap it
+    writer = host.writer(200_000, 0.002, "wait")
+    number = 0
+    while number < 10 or (not server.repeats and number < 50):  # twenty: make prove-delivery
+        number += 1
         seen = len(server.requests)
         agent = host.agent(LENS_SHIP_S="0.005")
         if number % 2:  # however long a busy machine takes to start it
@@ -66,7 +70,7 @@ def test_an_agent_killed_again_and_again_loses_and_doubles_nothing(host: Host, s
     server.plan = lambda request: 200
     last = host.agent()
     assert writer.wait() == -signal.SIGKILL
-    assert last.wait(60) == 0, last.communicate()
+    host.all_shipped_by(last)
     assert server.repeats > 0, "the test wants batches that were sent twice"
     (stored,) = server.slots().values()
     assert stored == written(host)
@@ -89,7 +93,7 @@ def test_an_agent_killed_around_the_end_of_a_rank_tells_of_it_once(host: Host, s
         agent.kill()
         agent.wait()
         writer.wait()
-    assert host.agent().wait(30) == 0
+    host.all_shipped_by(host.agent())
     assert sorted(event["rank"] for event in server.events("process.exit")) == list(range(8))
 
 
@@ -103,8 +107,9 @@ ids = r.intern("all_reduce") | r.intern("dp/0") << 32
 r.enter_step(9, time.monotonic_ns()); r.enter_phase(r.intern("backward"), time.monotonic_ns(), 9)
 r.enter_collective(ids, time.monotonic_ns(), 41, 4096, 9)
 r.step(8, 1, 2); r.enter_step(9, 3)
-print("ready", flush=True); time.sleep(60)
+print("ready", flush=True); time.sleep(600)
 """
+    began_ns = time.time_ns()
     rank = host.script(code)
     assert rank.stdout is not None
     rank.stdout.readline()
@@ -114,9 +119,9 @@ print("ready", flush=True); time.sleep(60)
     assert {"state": "collective", "op": "all_reduce", "group": "dp/0", "seq": 41, "step": 9}.items() <= beat[
         "attrs"
     ].items()
-    assert abs(beat["attrs"]["since_ns"] - time.time_ns()) < 60e9
+    assert began_ns - 1e9 < beat["attrs"]["since_ns"] < time.time_ns() + 1e9
     os.kill(rank.pid, signal.SIGKILL)
-    rank.wait()
+    # Not waited for before it is told: older kernels show how a process ended for as long as its parent has not asked.
     (end,) = wait_for(lambda: server.events("process.exit"))
     assert (end["rank"], end["severity"]) == (2, "error")
     assert end["attrs"]["signal"] == signal.SIGKILL
@@ -136,8 +141,8 @@ print("ready", flush=True); time.sleep(60)
 def test_an_exit_code_is_told_even_when_the_parent_reaps_at_once(host: Host, server: StubServer) -> None:
     writer = host.writer(5, 0.0, "crash")
     agent = host.agent()
-    assert writer.wait(20) == 3
-    assert agent.wait(20) == 0
+    assert writer.wait(PATIENCE_S) == 3
+    host.all_shipped_by(agent)
     (end,) = server.events("process.exit")
     # A process that ended before the agent saw it alive has a code nobody can read any more: unknown, not 0.
     assert end["attrs"]["exit_code"] in (3, None)
@@ -146,7 +151,7 @@ def test_an_exit_code_is_told_even_when_the_parent_reaps_at_once(host: Host, ser
 
 
 def test_a_watched_process_tells_its_exit_code(host: Host, server: StubServer) -> None:
-    writer = host.script(
+    writer = host.recording(
         "import sys;from lens.recorder import Recorder;from lens.settings import Settings\n"
         "r=Recorder.create(Settings.load(),{'run':'r1','rank':1,'role':'trainer'});r.step(1,1,2)\n"
         "sys.stdin.readline();sys.exit(7)"
@@ -156,9 +161,8 @@ def test_a_watched_process_tells_its_exit_code(host: Host, server: StubServer) -
     assert writer.stdin is not None
     writer.stdin.write("\n")
     writer.stdin.flush()
-    assert writer.wait(20) == 7
     (end,) = wait_for(lambda: server.events("process.exit"))
-    assert end["attrs"]["exit_code"] == 7
+    assert writer.wait(PATIENCE_S) == end["attrs"]["exit_code"] == 7
     assert end["severity"] == "error"
 
 
@@ -222,10 +226,9 @@ def test_an_anchor_stays_the_same_through_agents_and_dates_the_records(host: Hos
     anchors = {batch.anchor for batch in server.batches()}
     assert len(anchors) == 1
     (anchor,) = anchors
-    now_by_anchor = anchor.unix(time.monotonic_ns())
-    assert abs(now_by_anchor - time.time_ns()) < 50e6
-    event = server.events("clock.anchor")[0]["attrs"]
-    assert abs(event["offset_ns"]) < 50e6
+    # Of many looks the best: we may be made to stand between one clock and the other.
+    assert min(abs(anchor.unix(time.monotonic_ns()) - time.time_ns()) for _ in range(1000)) < 50e6
+    assert min(abs(event["attrs"]["offset_ns"]) for event in server.events("clock.anchor")) < 50e6
 
 
 def test_a_second_agent_of_the_same_host_says_so_and_ends(host: Host, server: StubServer) -> None:
@@ -233,28 +236,29 @@ def test_a_second_agent_of_the_same_host_says_so_and_ends(host: Host, server: St
     first = host.agent()
     wait_for(lambda: server.parts("agent"))
     second = host.agent()
-    _, said = second.communicate(timeout=20)
+    _, said = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0
     assert "another agent already serves host host0" in said
     assert first.poll() is None
     other_host = host.agent(LENS_HOST="host1", LENS_AGENT_LINGER="0.1")
-    _, said = other_host.communicate(timeout=20)
+    _, said = other_host.communicate(timeout=PATIENCE_S)
     assert "another agent" not in said
     writer.kill()
 
 
 def test_starting_an_agent_from_many_ranks_at_once_starts_one(host: Host, server: StubServer) -> None:
-    host.more["LENS_AGENT_LINGER"] = "10"  # the rank starts after its agent here, on a busy machine seconds after
+    host.more["LENS_AGENT_LINGER"] = "100"  # the rank starts after its agent here, on a busy machine long after
     code = (
         "from lens.collectors.agent import ensure_agent\nfrom lens.settings import Settings\n"
         "print(ensure_agent(Settings.load()))"
     )
     starters = [host.script(code) for _ in range(3)]
-    answers = [starter.communicate(timeout=20)[0].strip() for starter in starters]
+    answers = [starter.communicate(timeout=PATIENCE_S)[0].strip() for starter in starters]
     assert sorted(answers) == ["False", "False", "True"]
     writer = host.writer(10)
-    writer.wait(20)
+    writer.wait(PATIENCE_S)
     wait_for(lambda: server.events("process.exit"))
+    os.kill(json.loads((host.folder / "rings/host0/agent.lock").read_text())["pid"], signal.SIGTERM)
     check = "from lens.collectors.launch import agent_running\nfrom lens.settings import Settings\n"
     check += "import sys; sys.exit(agent_running(Settings.load()))"
     wait_for(lambda: host.script(check).wait() == 0)
@@ -268,14 +272,14 @@ def test_sigterm_ships_what_there_is_and_leaves_living_ranks_to_the_next_agent(
     agent = host.agent(LENS_SHIP_S="5")
     wait_for(lambda: server.parts("trainer"))
     agent.send_signal(signal.SIGTERM)
-    assert agent.wait(15) == 0
+    assert agent.wait(PATIENCE_S) == 0
     stored = server.slots("agent")
     assert stored
     assert writer.poll() is None
     assert [p.name for p in (host.folder / "rings/host0").iterdir() if p.name.startswith("agent-")] == []
     next_agent = host.agent()
-    writer.communicate("\n", timeout=20)
-    assert next_agent.wait(20) == 0
+    writer.communicate("\n", timeout=PATIENCE_S)
+    host.all_shipped_by(next_agent)
     assert sorted(next(iter(server.slots().values()))) == list(range(1, 201))
 
 
@@ -284,11 +288,13 @@ def test_two_runs_on_one_host_stay_apart(host: Host, server: StubServer) -> None
     second = host.writer(150, 0.0, "wait", run="two", rank=0)
     host.agent()
     wait_for(lambda: {part.about["run"] for part in server.parts("agent")} == {"one", "two"})
-    wait_for(lambda: len(server.slots()) == 2)
+
+    def arrived() -> dict[str, int]:
+        return {key.rpartition("-")[2]: len(slots) for key, slots in server.slots().items()}
+
+    wait_for(lambda: arrived() == {"one": 100, "two": 150})
     for batch in server.batches():
         assert len({part.about["run"] for part in batch.rings}) == 1
-    by_run = {key.rpartition("-")[2]: len(slots) for key, slots in server.slots().items()}
-    assert by_run == {"one": 100, "two": 150}
     first.kill()
     second.kill()
 
@@ -299,7 +305,8 @@ def test_slots_overwritten_before_they_were_read_are_counted(host: Host, server:
     assert writer.stdout is not None
     writer.stdout.readline()
     host.agent()
-    lost = wait_for(lambda: sum(part.lost for part in server.parts("trainer")))
+    wait_for(lambda: any(20_000 in slots for slots in server.slots().values()))  # the last one, in the last batch
+    lost = sum(part.lost for part in server.parts("trainer"))
     samples = wait_for(lambda: [s for s in server.samples() if s[0] == "lens.recorder.overwritten"])
     assert samples[-1][1] == lost
     assert samples[-1][3]["rank"] == 0

@@ -113,7 +113,7 @@ def test_a_stopped_rank_says_so_and_its_open_spans_are_told_once(
 ) -> None:
     run = hosted(place, [])
     os.kill(rank.pid, signal.SIGSTOP)
-    time.sleep(0.05)
+    os.waitid(os.P_PID, rank.pid, os.WSTOPPED | os.WNOWAIT)
     run.record_heartbeats(time.monotonic())
     os.kill(rank.pid, signal.SIGCONT)
     for _ in range(3):

@@ -15,8 +15,9 @@ from lens.collectors.shipper import Shipper, compress
 from lens.collectors.spool import RunSpool
 from lens.settings import Settings
 from lens.slots import Anchor, encode_batch
-from tests.collectors.agent_harness import BREAK, LOSE_REPLY, Request, StubServer, unpack, wait_for
+from tests.collectors.agent_harness import BREAK, LOSE_REPLY, Request, StubServer, unpack
 from tests.collectors.test_spool import part
+from tests.waiting import PATIENCE_S, wait_for
 
 
 class Sender:
@@ -146,6 +147,8 @@ def test_pieces_go_on_after_a_restart_in_the_middle(tmp_path: Path, server: Stub
     first.put(40)
     wait_for(lambda: len(taken) > 3)
     first.shipper.stop(0)
+    first.shipper._thread.join(PATIENCE_S)  # two of them never share a spool
+    assert not first.shipper._thread.is_alive()
     server.plan = lambda request: 200 if len(request.body) < 10**6 else 413
     second = Sender(tmp_path, server)
     wait_for(lambda: not second.spool.waiting)

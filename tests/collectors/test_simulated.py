@@ -19,7 +19,8 @@ from lens.recorder import Recorder
 from lens.ring_reader import RingReader
 from lens.settings import Settings
 from lens.slots import RingPart
-from tests.collectors.agent_harness import Host, StubServer, wait_for
+from tests.collectors.agent_harness import Host, StubServer
+from tests.waiting import wait_for
 
 SECOND = 10**9
 
@@ -191,18 +192,18 @@ def test_bytes_on_the_wire_follow_the_algorithm(operation: str, expected: float)
 
 
 BUSY_RANK = """
-import sys, time
+import select, sys, time
 from lens.recorder import Recorder
 from lens.settings import Settings
 r = Recorder.create(Settings.load(), {"run": "r1", "rank": 1, "world_size": 2, "role": "trainer",
                                       "device": "host0/gpu1"})
 forward = r.intern("forward")
 print("on", flush=True)
-end = time.monotonic() + 2.5
-while time.monotonic() < end:
+while not select.select([sys.stdin], [], [], 0)[0]:
     t0 = time.monotonic_ns(); r.enter_phase(forward, t0, 1)
     time.sleep(0.05)
     r.phase(forward, t0, time.monotonic_ns(), 1)
+sys.stdin.readline()
 print("off", flush=True)
 sys.stdin.readline()
 """
@@ -210,8 +211,9 @@ sys.stdin.readline()
 
 @pytest.mark.processes
 def test_cards_move_with_the_work_of_their_rank_and_idle_when_it_stops(host: Host, server: StubServer) -> None:
-    rank = host.script(BUSY_RANK)
+    rank = host.recording(BUSY_RANK)
     host.agent(LENS_SIMULATE="H200:2", LENS_SHIP_S="0.1")
+    assert rank.stdin is not None
     assert rank.stdout is not None
 
     def power(device: str, since: int) -> list[float]:
@@ -223,12 +225,13 @@ def test_cards_move_with_the_work_of_their_rank_and_idle_when_it_stops(host: Hos
 
     rank.stdout.readline()
     started = time.monotonic_ns()
-    rank.stdout.readline()
     wait_for(lambda: max(power("host0/gpu1", started), default=0) > 300)
     assert set(power("host0/gpu0", started)) == {75.0}
-    stopped = time.monotonic_ns() + 2 * SECOND
-    wait_for(lambda: power("host0/gpu1", stopped)[1:])
-    assert power("host0/gpu1", stopped)[-1] == 75.0
+    rank.stdin.write("\n")
+    rank.stdin.flush()
+    rank.stdout.readline()
+    stopped = time.monotonic_ns()
+    wait_for(lambda: power("host0/gpu1", stopped)[-1:] == [75.0])
     fault = host.folder / "rings/sim/host0_gpu1.fault.json"
     fault.parent.mkdir(exist_ok=True)
     fault.write_text(json.dumps({"xid": 79}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from lens.attach.facts import look
 from lens.attach.preflight import READING_RULES, judge
 from lens.collectors.whereabouts import AGAIN_NS, STILL_NS, Whereabouts, read_stack
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.processes
 SCRIPT = """
@@ -43,12 +43,10 @@ def waiting(path: Path, **environment: str) -> Iterator[int]:
             child.kill()
 
 
-def until_it_reads(pid: int) -> None:
-    """Its word reaches us before it has left the line that said it."""
-    last = time.monotonic() + 30
-    while (stack := read_stack(pid)) is None or stack[-1]["line"] != 5:
-        assert time.monotonic() < last, f"it never came to line 5: {stack}"
-        time.sleep(0.01)
+def reads(pid: int) -> bool:
+    """Whether it has left the line that said its word, which reaches us before."""
+    stack = read_stack(pid)
+    return stack is not None and stack[-1]["line"] == 5
 
 
 def test_the_line_at_which_a_rank_stands_is_read_once_it_has_stood_there(tmp_path: Path) -> None:
@@ -56,7 +54,7 @@ def test_the_line_at_which_a_rank_stands_is_read_once_it_has_stood_there(tmp_pat
     with waiting(script) as pid:
         if judge(look(pid), READING_RULES) is not None:
             pytest.skip("the memory of a child cannot be read here")
-        until_it_reads(pid)
+        wait_for(lambda: reads(pid))
         whereabouts = Whereabouts(pid)
         assert whereabouts.stack(None, 10 * STILL_NS) is None
         assert whereabouts.stack(STILL_NS, 2 * STILL_NS - 1) is None
