@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.attach.test_attached import Training, wait_for
+from tests.attach.test_attached import PACE_S, Training
 from tests.hooks.ringside import read_rings
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 TRAINING = """
 import sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from torch._dynamo.utils import counters
 
-stop, steps = Path(sys.argv[1]), int(sys.argv[2])
+stop, steps, pace = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -47,27 +46,19 @@ for step in range(steps):
     if step == 5:
         before = graphs()
     if step > 5:
-        time.sleep(0.002)
+        time.sleep(pace)
         if stop.exists():
             break
 print("same graphs" if before == graphs() else f"CHANGED {before} {graphs()}", flush=True)
 """
 
 
-def start(training: Training, steps: int) -> subprocess.Popen[str]:
-    script = training.folder / "train.py"
-    script.write_text(TRAINING)
-    return subprocess.Popen(
-        [sys.executable, str(script), str(training.stop), str(steps)],
-        stdout=(training.folder / "out").open("w"), stderr=subprocess.PIPE, text=True, env=training.environment,
-    )  # fmt: skip
-
-
 def test_a_compiled_training_keeps_its_graphs_and_its_losses(tmp_path: Path) -> None:
     training = Training(tmp_path)
-    process = start(training, 100_000)
+    process = training.start(100_000, PACE_S, TRAINING)
     wait_for(lambda: len(training.lines()) > 10, 120)
-    (found,) = training.lens("attach", str(process.pid), "--server", "http://127.0.0.1:9")["processes"]
+    attach = ("attach", str(process.pid), "--server", "http://127.0.0.1:9", "--wait", "60")
+    (found,) = training.lens(*attach)["processes"]
     assert found["state"] == "watching", found
     seen = len(training.lines())
     wait_for(lambda: len(training.lines()) > seen + 30)
@@ -86,5 +77,5 @@ def test_a_compiled_training_keeps_its_graphs_and_its_losses(tmp_path: Path) -> 
     assert {"forward", "backward", "optimizer"} <= {phase["name"] for phase in recorded.phases}
     assert {"all_reduce"} <= {call["name"] for call in recorded.collectives}
     training.stop.unlink()
-    start(training, len(watched) - 1).communicate(timeout=200)
+    training.start(len(watched) - 1, 0, TRAINING).communicate(timeout=200)
     assert training.lines() == watched

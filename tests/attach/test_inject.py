@@ -6,18 +6,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from lens.attach import inject
+from lens.attach import frames, inject
 from lens.attach.facts import look
 from lens.attach.preflight import OLDEST, judge
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.processes
 TIMES = 20
+PATIENCE_S = 60.0
+"""A busy machine may not let a thread stop within the second that is given to a training."""
 
 
 def interpreters() -> list[str]:
@@ -63,11 +66,14 @@ def running(program: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
         child.communicate()
 
 
-def wait_for(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
+def stands_in_a_join(pid: int) -> bool:
+    facts = look(pid)
+    assert facts.version is not None
+    try:
+        main = frames.read(pid, facts.version)[0]
+    except frames.UnreadableError:
+        return False  # still on its way
+    return main.frames[0].file.endswith("threading.py") and look(pid).state == "S"
 
 
 @pytest.mark.parametrize("program", interpreters())
@@ -76,8 +82,8 @@ def test_every_line_is_run_once_and_the_target_goes_on(program: str, tmp_path: P
     with running(program, ALLOCATING) as child:
         places = inject.locate(child.pid)
         for number in range(TIMES):
-            inject.run_line(child.pid, f"open({str(out)!r}, 'a').write('{number} ')", places)
-            assert wait_for(lambda number=number: out.exists() and f"{number} " in out.read_text())
+            inject.run_line(child.pid, f"open({str(out)!r}, 'a').write('{number} ')", places, PATIENCE_S)
+            wait_for(lambda number=number: out.exists() and f"{number} " in out.read_text())
         assert child.poll() is None
     assert out.read_text().split() == [str(number) for number in range(TIMES)]
 
@@ -85,10 +91,10 @@ def test_every_line_is_run_once_and_the_target_goes_on(program: str, tmp_path: P
 def test_a_main_thread_that_waits_for_another_is_woken_and_waits_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running(sys.executable, JOINING) as child:
-        time.sleep(0.3)
-        inject.run_line(child.pid, f"open({str(out)!r}, 'w').write('x')")
-        assert inject.wake(child.pid)
-        assert wait_for(out.exists)
+        wait_for(lambda: stands_in_a_join(child.pid))
+        inject.run_line(child.pid, f"open({str(out)!r}, 'w').write('x')", patience_s=PATIENCE_S)
+        assert inject.wake(child.pid, PATIENCE_S)
+        wait_for(out.exists)
         time.sleep(0.2)
         assert child.poll() is None
 
@@ -102,7 +108,7 @@ def test_signals_sent_meanwhile_arrive_afterwards(tmp_path: Path) -> None:
     with running(sys.executable, code) as child:
         for number in range(1, 11):
             child.send_signal(10)
-            inject.run_line(child.pid, "pass")
+            inject.run_line(child.pid, "pass", patience_s=PATIENCE_S)
             count = tmp_path / "count"
-            assert wait_for(lambda number=number, count=count: count.exists() and count.read_text() == str(number))
+            wait_for(lambda number=number, count=count: count.exists() and count.read_text() == str(number))
         assert child.poll() is None

@@ -12,7 +12,8 @@ import pytest
 
 from lens.attach.facts import look
 from lens.slots import COLLECTIVE, PHASE, STEP
-from tests.collectors.agent_harness import Host, StubServer, wait_for
+from tests.collectors.agent_harness import Host, StubServer
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.processes
 
@@ -35,7 +36,7 @@ def host(tmp_path: Path, server: StubServer) -> Iterator[Host]:
 
 def attach(host: Host, *words: str) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-m", "lens", "attach", *words, "--json"], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "lens", "attach", *words, "--json"], capture_output=True, text=True, timeout=100,
         env=host.environment(LENS_AGENT="0"),
     )  # fmt: skip
     assert done.stdout, done.stderr
@@ -54,11 +55,11 @@ def test_an_observed_process_is_measured_to_its_end_and_has_no_steps(host: Host,
         assert (found["state"], found["rank"], found["stopped_ms"]) == ("observed", 3, None)
         agent = host.agent()
         wait_for(
-            lambda: {metric for metric, *_ in server.samples()} >= {"process.memory.usage", "process.cpu.time"}, 60
+            lambda: {metric for metric, *_ in server.samples()} >= {"process.memory.usage", "process.cpu.time"}
         )
         assert look(child.pid).tracer == 0
         child.kill()
-    assert agent.wait(60) == 0
+    host.all_shipped_by(agent)
     about = server.runs["r1"]
     assert about["config"] == {"observed": "from outside"}
     assert (about["world_size"], [rank["rank"] for rank in about["ranks"]]) == (4, [3])
@@ -71,10 +72,12 @@ def test_an_observed_process_is_measured_to_its_end_and_has_no_steps(host: Host,
 
 
 def test_a_refusal_offers_what_can_be_had_from_outside(host: Host) -> None:
-    with subprocess.Popen(["sleep", "60"]) as sleeper:
-        refused = attach(host, str(sleeper.pid))
-        assert f"lens attach --observe {sleeper.pid}" in str(refused["hint"])
-        sleeper.kill()
+    with subprocess.Popen(["sleep", "600"]) as sleeper:
+        try:
+            refused = attach(host, str(sleeper.pid))
+            assert f"lens attach --observe {sleeper.pid}" in str(refused["hint"])
+        finally:
+            sleeper.kill()
     gone = attach(host, "--observe", str(sleeper.pid))
     assert "no living process" in str(gone["error"])
     assert "--observe" not in str(gone["hint"])

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from lens.attach import inject
 from lens.attach.facts import Facts, look
 from lens.attach.preflight import judge
 from lens.attach.ptrace import StoppedThread, TraceError
+from tests.waiting import wait_for
 
 GOOD = Facts(
     4711, "R", owner=1000, own_uid=1000, version=(3, 12), symbols=True, torch=True, rank=0, world_size=8,
@@ -104,7 +104,7 @@ def test_a_real_python_of_ours_can_be_attached_to() -> None:
 
 
 def test_real_processes_are_refused_for_what_they_are() -> None:
-    with process("sleep", "60") as child:
+    with process("sleep", "600") as child:
         assert rule_of(child.pid) == "not Python"
     with process(sys.executable, "-c", LOOP, LENS_ATTACH="0") as child:
         assert child.stdout is not None
@@ -114,13 +114,12 @@ def test_real_processes_are_refused_for_what_they_are() -> None:
         assert child.stdout is not None
         child.stdout.readline()
         child.send_signal(signal.SIGSTOP)
-        while look(child.pid).state != "T":
-            time.sleep(0.01)
+        wait_for(lambda: look(child.pid).state == "T")
         assert rule_of(child.pid) == "stopped"
     with process(sys.executable, "-c", LOOP) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        with StoppedThread(child.pid, 20.0):
+        with StoppedThread(child.pid, 60.0):
             facts = look(child.pid)
             refusal = judge(facts)
             assert facts.tracer == os.getpid()

@@ -7,8 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +25,9 @@ from lens.settings import Settings
 from tests.attach.test_inject import ALLOCATING, interpreters
 from tests.attach.test_inject import running as running_code
 from tests.attach.test_preflight import GOOD
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.processes
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(gdb.program() is None, reason="gdb is not installed here")
@@ -117,6 +110,7 @@ elif os.fork() == 0:
     os._exit(0)
 else:
     os.wait()
+    print("alone", flush=True)
     sys.stdin.readline()
 """
 
@@ -128,9 +122,11 @@ def opened(tmp_path: Path, *words: str, **environment: str) -> Iterator[subproce
         env={**os.environ, "LENS_RINGS": str(tmp_path / "rings"), **environment},
     ) as child:  # fmt: skip
         assert child.stdout is not None
-        child.stdout.readline()
-        yield child
-        child.kill()
+        try:
+            child.stdout.readline()
+            yield child
+        finally:
+            child.kill()
 
 
 def test_a_process_tells_its_stacks_at_its_door_though_its_main_thread_is_parked(tmp_path: Path) -> None:
@@ -141,22 +137,28 @@ def test_a_process_tells_its_stacks_at_its_door_though_its_main_thread_is_parked
         assert path.stat().st_mode & 0o777 == 0o600
         # As where tracing is forbidden.
         facts = replace(look(child.pid), yama=3, descendant=False)
-        told = stacks.of_process(facts, settings, 20.0)
-        assert (told.how, told.error) == ("asked", None)
-        assert told.threads[0].main
-        assert [frame.name for frame in told.threads[0].frames] == ["parked", "<module>"]
+
+        def stands() -> list[str]:
+            told = stacks.of_process(facts, settings, 60.0)
+            assert (told.how, told.error) == ("asked", None)
+            assert told.threads[0].main
+            return [frame.name for frame in told.threads[0].frames]
+
+        wait_for(lambda: stands() == ["parked", "<module>"])  # its word reaches us before it is parked
         # What makes no sense gets no answer and does no harm.
         for nonsense in (b"no json\n", b'{"ask": "dance"}\n', b""):
             with socket.socket(socket.AF_UNIX) as guest:
                 guest.connect(str(path))
                 guest.sendall(nonsense)
-        assert stacks.of_process(facts, settings, 20.0).how == "asked"
+        assert stacks.of_process(facts, settings, 60.0).how == "asked"
 
 
 def test_a_door_belongs_to_one_process_and_goes_with_it(tmp_path: Path) -> None:
     settings = Settings(rings=tmp_path / "rings")
     with opened(tmp_path, "forks") as child:
-        assert ways.door_of(child.pid, settings) is not None  # its child has ended
+        assert child.stdout is not None
+        assert child.stdout.readline() == "alone\n"
+        assert ways.door_of(child.pid, settings) is not None  # though its child has ended
         child.communicate("end\n", timeout=60)
         assert child.returncode == 0
     assert not list((tmp_path / "rings").iterdir())
@@ -175,7 +177,7 @@ def test_another_user_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "rings" / f"door-{os.getpid()}-{start_ticks(os.getpid())}.sock"
     found = door.Door(path)
     try:
-        asked = ways.ask_at_door(os.getpid(), Settings(rings=tmp_path / "rings"), {"ask": "stacks"}, 20.0)
+        asked = ways.ask_at_door(os.getpid(), Settings(rings=tmp_path / "rings"), {"ask": "stacks"}, 60.0)
         with pytest.raises(StopIteration):
             next(iter(asked))
     finally:
@@ -213,7 +215,9 @@ def test_a_training_is_entered_by_its_door_without_standing_still(tmp_path: Path
         wait_for((tmp_path / "ready").exists)
         (found,) = lens("attach", str(training.pid), "--server", "http://127.0.0.1:9", "--wait", "60")["processes"]
         assert (found["state"], found["stopped_ms"]) == ("watching", None), found
-        assert lens("detach", str(training.pid))["processes"] == [{"pid": training.pid, "left": True}]
+        assert lens("detach", str(training.pid), "--wait", "60")["processes"] == [
+            {"pid": training.pid, "left": True}
+        ]
         (tmp_path / "stop").touch()
         _, said = training.communicate(timeout=60)
         assert training.returncode == 0
