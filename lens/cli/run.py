@@ -113,16 +113,25 @@ def _start_build(settings: Settings) -> None:
 
 
 def _pass_through(command: list[str], environment: dict[str, str], keep_agent: Callable[[], None]) -> int:
-    child = subprocess.Popen(command, env=environment)
+    started: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if not started:
+            early.append(number)
+            return
         with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
+            started[0].send_signal(number)
 
+    # Before the command starts: a signal that comes right after it must not end us and leave it behind.
     previous: dict[int, Any] = {number: signal.signal(number, forward) for number in FORWARDED}
     # Ctrl-C reaches the command from the terminal itself: it shares our process group.
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
+        child = subprocess.Popen(command, env=environment)
+        started.append(child)
+        for number in early:
+            child.send_signal(number)
         code = _wait(child, keep_agent)
     finally:
         for number, handler in previous.items():

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,7 @@ def test_run_hands_a_polite_signal_to_its_command(tmp_path: Path) -> None:
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         "print('ready', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-m", "lens", "run", "--", sys.executable, "-c", program],
@@ -123,9 +122,8 @@ def test_run_hands_a_polite_signal_to_its_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    time.sleep(0.1)
     child.terminate()
-    assert child.wait(30) == 7
+    assert child.wait(90) == 7
 
 
 def test_run_goes_on_where_no_agent_can_be_started(tmp_path: Path) -> None:

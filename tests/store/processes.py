@@ -42,7 +42,7 @@ class Server:
         """The port it announced."""
         return int(json.loads((self.data / "server.json").read_text())["url"].rsplit(":", 1)[1])
 
-    def wait_ready(self, timeout_s: float = 60.0) -> str:
+    def wait_ready(self, timeout_s: float = 120.0) -> str:
         """The URL it printed."""
         line = self._lines.get(timeout=timeout_s)
         assert line, f"the server ended: {self.process.stderr.read() if self.process.stderr else ''}"
@@ -51,7 +51,7 @@ class Server:
     def client(self) -> httpx.Client:
         """A client with the token."""
         return httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30
+            base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=100
         )
 
     def kill(self) -> None:
@@ -62,7 +62,7 @@ class Server:
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
         self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(100)
 
     def __enter__(self) -> Server:
         self.wait_ready()
