@@ -14,7 +14,7 @@ from typing import Any
 from lens.hooks.drafts import Drafts
 from lens.hooks.experts import Experts
 from lens.hooks.guard import Part
-from lens.hooks.kv_cache import kv_bytes
+from lens.hooks.kv_cache import Room, kv_bytes, room
 from lens.hooks.later import is_on_device
 from lens.hooks.memory import StageMemory
 from lens.hooks.timeline import Timeline
@@ -92,6 +92,7 @@ class Request:
         self.batch = batch
         self.queue_s = queue_s
         self.kv_cache_bytes: int | None = None
+        self.kv_cache_room: Room | None = None
         self.output_tokens = 0
         """Of one sequence."""
         self.put_back = 0
@@ -126,8 +127,12 @@ class Request:
         self._requests.put_back += count
 
     def cache(self, past_key_values: Any) -> None:
-        """Measure this cache of keys and values: one of transformers, or (key, value) tensors a layer."""
+        """Measure this cache of keys and values: one of transformers, or (key, value) tensors a layer.
+
+        How full it is is told where its size is fixed.
+        """
         self.kv_cache_bytes = kv_bytes(past_key_values)
+        self.kv_cache_room = room(past_key_values)
 
     def pass_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the model begins."""
@@ -166,7 +171,8 @@ class Request:
     def close(self, output_tokens: int | None) -> None:
         """All forward passes have ended."""
         held, self._kv = self._kv, None
-        self.kv_cache_bytes = kv_bytes(held) if held is not None else None
+        if held is not None:
+            self.cache(held)
         for stage in self.stages.values():
             stage.memory.end()
         passes = sum(stage.passes for name, stage in self.stages.items() if name == DECODE)
@@ -240,6 +246,7 @@ class Requests:
             "infer.requests.running": self.running,
             "infer.batch.size": request.batch,
             "infer.kv_cache.bytes": request.kv_cache_bytes,
+            "infer.kv_cache.usage": self._usage(request.kv_cache_room, now),
             # Who never says so is not known to put nothing back.
             "infer.preemptions": self.put_back or None,
             **(request.drafts.numbers() if request.drafts is not None else {}),
@@ -250,6 +257,26 @@ class Requests:
                 values[series_key("infer.batch.tokens", {"kind": kind})] = stage.tokens / stage.passes
             self._count_experts(kind, stage, now)
         self._row(values, now)
+
+    def _usage(self, room: Room | None, now: int) -> float | None:
+        """How full the cache is; None where that is not known, or told later because a device has yet to count it."""
+        if room is None:
+            return None
+        counts = [kept for kept in room.kept if is_on_device(kept)]
+        if not counts:
+            return room.usage([float(kept) for kept in room.kept])
+        if len({kept.device for kept in counts}) > 1:
+            return None  # what is read together lies on one device
+        # A cache goes on counting in the same tensor: that is not looked at any more.
+        known = [None if is_on_device(kept) else float(kept) for kept in room.kept]
+
+        def write(numbers: list[float]) -> None:
+            arrived = iter(numbers)
+            usage = room.usage([next(arrived) if kept is None else kept for kept in known])
+            self._row({"infer.kv_cache.usage": usage}, now)
+
+        self._values.later.read(counts, write)
+        return None
 
     def _count_experts(self, kind: str, stage: Stage, now: int) -> None:
         for table in stage.tables.values():

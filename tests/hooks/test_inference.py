@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lens
-from lens.hooks import inference, requests
+from lens.hooks import inference, later, requests
 from lens.hooks.kv_cache import kv_bytes
 from lens.slots import ROW, SPAN, VECTOR
 from tests.hooks.ringside import Recorded
@@ -200,6 +200,71 @@ def test_a_server_written_by_hand_tells_its_requests(watch: Watch, recorded: Rea
     assert spans(found, "request")[1]["attrs"]["queue_ns"] == 250 * MS
     assert [span["attrs"].get("preemptions") for span in spans(found, "request")] == [None, 1]
     assert [value for _, value in found.values("infer.preemptions")][-1] == 1
+
+
+def static_layer(kept: Any, most: int, size: int) -> SimpleNamespace:
+    states = torch.zeros(1, HEADS, most, size)
+    return SimpleNamespace(keys=states, values=states, max_cache_len=most, get_seq_length=lambda: kept)
+
+
+CACHES: dict[str, tuple[Any, list[float]]] = {
+    "static, of two sizes": (
+        SimpleNamespace(layers=[static_layer(torch.tensor(6), 24, SIZE), static_layer(30, 8, SIZE)]),
+        [(6 + 8) / (24 + 8)],
+    ),
+    "of blocks": (SimpleNamespace(num_blocks=40, get_num_free_blocks=lambda: 30), [0.25]),
+    "of sectors": (SimpleNamespace(compute_free_capacity=lambda: 0.125), [0.875]),
+    "as large as it must be": ([(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))], []),
+    "static, not used yet": (
+        SimpleNamespace(layers=[SimpleNamespace(keys=None, values=None, max_cache_len=9)]), [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cache", "usage"), CACHES.values(), ids=list(CACHES))
+def test_how_full_a_cache_is_is_told_where_its_size_is_fixed(
+    cache: Any, usage: list[float], watch: Watch, recorded: Read
+) -> None:
+    watch()
+    with lens.request("mine") as request:
+        request.cache(cache)
+    assert [value for _, value in recorded().values("infer.kv_cache.usage")] == pytest.approx(usage)
+
+
+def test_a_count_on_a_device_is_read_when_it_has_arrived(
+    watch: Watch, recorded: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[tuple[list[float], Callable[[list[float]], None]]] = []
+    monkeypatch.setattr(requests, "is_on_device", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(
+        later.Later, "read", lambda _, tensors, use: waiting.append(([float(t) for t in tensors], use))
+    )
+    watch()
+    with lens.request("mine") as request:
+        count = torch.tensor(6)
+        request.cache(SimpleNamespace(layers=[static_layer(2, 8, SIZE), static_layer(count, 24, SIZE)]))
+    assert recorded().values("infer.kv_cache.usage") == []
+    count += 100  # the cache goes on
+    ((numbers, use),) = waiting
+    use(numbers)
+    assert [value for _, value in recorded().values("infer.kv_cache.usage")] == [(2 + 6) / (8 + 24)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize("implementation", ["static", "dynamic"])
+def test_a_static_cache_of_transformers_is_as_full_as_it_was_filled(
+    implementation: str, watch: Watch, recorded: Read
+) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    torch.manual_seed(0)
+    model, ids = of_transformers(None), torch.randint(3, 64, (BATCH, PROMPT))
+    fixed = implementation == "static"
+    cache = StaticCache(config=model.config, max_cache_len=32) if fixed else DynamicCache(config=model.config)
+    watch(model)
+    model.generate(ids, max_new_tokens=NEW, past_key_values=cache)
+    usage = [value for _, value in recorded().values("infer.kv_cache.usage")]
+    assert usage == ([(PROMPT + NEW - 1) / 32] if fixed else [])
 
 
 def test_a_request_that_fails_is_not_recorded_and_its_exception_is_its_own(watch: Watch, recorded: Read) -> None:
