@@ -113,6 +113,28 @@ def test_time_lost_to_a_restart_is_its_own_part() -> None:
     assert sum(v for v in account["parts"].values() if v is not None) == pytest.approx(35, rel=0.01)
 
 
+def test_a_checkpoint_outside_of_steps_is_no_other_time() -> None:
+    records = [step_span(rank, n, n, n + 0.8) for n in range(4) for rank in (0, 1)]
+    for rank, later in ((0, 0.0), (1, 1.0)):
+        records += [
+            phase(rank, "checkpoint", 0, 0.1, 0.2),
+            phase(rank, "checkpoint", None, 1.8, 2.0),
+            phase(rank, "eval", 4, 3.8, 5.0),
+            phase(rank, "checkpoint", 4, 5.0, 6.0 + later),  # of a step that never ends
+        ]
+    tables = built(*records, *records)
+    account = ledger({}, tables)
+    assert (account["wall_s"], account["to_step"]) == (pytest.approx(6.5), 3)
+    assert account["parts"]["checkpoint"] == pytest.approx(0.1 + 0.2 + 1.5)
+    assert sum(v for v in account["parts"].values() if v is not None) == pytest.approx(6.5)
+    early = ledger({}, tables, 2)
+    assert (early["wall_s"], early["parts"]["checkpoint"]) == (pytest.approx(2.8), pytest.approx(0.3))
+
+
+def phase(rank: int, name: str, step: int | None, t0_s: float, t1_s: float) -> dict:
+    return {**step_span(rank, 0, t0_s, t1_s), "kind": "phase", "name": name, "step": step}
+
+
 def test_pre_reduced_vectors_stand_for_spans() -> None:
     random = np.random.default_rng(3)
     records, ranks = [], 64

@@ -8,13 +8,18 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import lens
+from lens.diagnosis import ledger
 from lens.hooks.frameworks.names import LOGGED_BY_HAND, TRANSFORMERS, translated
+from lens.ring_reader import RingReader
+from lens.slots import Anchor, encode_batch
+from lens.store.slots_decode import decode_slots
 from tests.hooks.ringside import Recorded
 
 Watch = Callable[..., None]
@@ -66,6 +71,21 @@ def test_a_save_is_a_checkpoint_of_the_step_that_follows(training: Training, rec
         (None, "checkpoint"),
     ]
     assert [step["step"] for step in found.steps] == [0, 1]
+
+
+def test_what_follows_the_last_step_is_not_lost(training: Training, recorded: Read, rings: Path) -> None:
+    for _ in range(2):
+        training.step()
+    training.score()
+    training.save()
+    found = recorded()
+    parts = RingReader(next(rings.glob("*/*/main.ring"))).poll()
+    assert parts is not None
+    account = ledger({}, decode_slots(encode_batch("host", Anchor(0, 0), [parts])).tables)
+    scored, saved = found.phases[-2:]
+    assert (scored["name"], saved["name"], len(found.steps)) == ("eval", "checkpoint", 2)
+    assert account["parts"]["checkpoint"] == pytest.approx((saved["t1"] - saved["t0"]) / 1e9, abs=1e-6)
+    assert account["wall_s"] == pytest.approx((saved["t1"] - found.steps[0]["t0"]) / 1e9, abs=1e-6)
 
 
 @pytest.fixture
