@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,13 +41,14 @@ def no_library_stays() -> Iterator[None]:
         sys.modules["pynvml"]._nvmlGetFunctionPointer_cache.clear()
 
 
-def spent(recorded: Recorded, phase: str, first: int, last: int) -> int:
-    """Time in a phase over some steps, ns."""
-    return sum(
-        found["t1"] - found["t0"]
-        for found in recorded.phases
-        if found["name"] == phase and found["step"] is not None and first <= found["step"] < last
-    )
+def spent(recorded: Recorded, phase: str, first: int, last: int) -> list[int]:
+    """Time in a phase in each of some steps that have it, ns, the shortest first: a machine that lets a rank stand for a
+    while makes the last one longer than it was."""
+    times: Counter[int] = Counter()
+    for found in recorded.phases:
+        if found["name"] == phase and found["step"] is not None and first <= found["step"] < last:
+            times[found["step"]] += found["t1"] - found["t0"]
+    return sorted(times.values())
 
 
 def own_work(recorded: Recorded, first: int, last: int) -> float:
@@ -75,8 +77,8 @@ def test_a_nan_a_slow_loader_and_slow_computing_are_felt_on_their_rank(tmp_path:
     assert not_finite == [[], [8]]
     assert [step for step, value in zero.values("train.loss") if not math.isfinite(value)] == [8]
 
-    assert spent(zero, "data", 13, 24) > 3 * spent(one, "data", 13, 24)
-    assert spent(zero, "data", 13, 24) > 11 * 30e6
+    assert sum(spent(zero, "data", 13, 24)) > 3 * sum(spent(one, "data", 13, 24)[:-1])
+    assert sum(spent(zero, "data", 13, 24)) > 11 * 30e6
 
     assert own_work(one, 16, 24) > 2 * own_work(one, 2, 12)
     assert own_work(one, 16, 24) > 2 * own_work(zero, 16, 24)
@@ -87,7 +89,7 @@ def test_a_nan_a_slow_loader_and_slow_computing_are_felt_on_their_rank(tmp_path:
 @pytest.mark.processes
 def test_hot_experts_garbage_and_a_slow_disk_are_felt_on_their_rank(tmp_path: Path) -> None:
     faults = ["--fault", "hot_expert@8:1", "--fault", "gc@12:0", "--fault", "checkpoint@10:1"]
-    train(tmp_path, 2, "--checkpoint-every", "8", "--eval-every", "0", *faults, steps=24)
+    train(tmp_path, 2, "--checkpoint-every", "4", "--eval-every", "0", *faults, steps=24)
     zero, one = read_rings(tmp_path / "rings")
 
     for recorded in (zero, one):
@@ -97,11 +99,20 @@ def test_hot_experts_garbage_and_a_slow_disk_are_felt_on_their_rank(tmp_path: Pa
     assert own_work(one, 8, 24) > 1.3 * own_work(one, 2, 8)
     assert own_work(one, 8, 24) > 1.5 * own_work(zero, 8, 24)
 
-    collected = [sum(step["gc_ns"] for step in r.steps if step["step"] >= 12) for r in (zero, one)]
-    assert collected[0] > 5 * max(collected[1], sum(step["gc_ns"] for step in zero.steps if step["step"] < 12))
+    late, other, early = (
+        sorted(step["gc_ns"] for step in recorded.steps if step["step"] in steps)
+        for recorded, steps in ((zero, range(12, 24)), (one, range(12, 24)), (zero, range(12)))
+    )
+    assert sum(late) > 5 * max(sum(other[:-1]), sum(early[:-1]))
 
-    assert spent(one, "checkpoint", 8, 24) > 3 * spent(zero, "checkpoint", 8, 24)
-    assert spent(one, "checkpoint", 8, 24) / 2 > 3 * spent(one, "checkpoint", 0, 8)
+    slow, usual, before = (
+        spent(one, "checkpoint", 8, 24),
+        spent(zero, "checkpoint", 8, 24),
+        spent(one, "checkpoint", 0, 8),
+    )
+    assert (len(slow), len(usual), len(before)) == (4, 4, 2)
+    assert slow[0] > 3 * usual[0]
+    assert slow[0] > 3 * before[0]
 
 
 LEAK = """
@@ -218,15 +229,16 @@ def test_a_hot_expert_s_cause_sits_on_all_its_owners() -> None:
 
 
 def test_a_stopped_process_stands_still_and_goes_on() -> None:
-    code = "from sample_runs.moe import process_faults as pf; pf.stop_for(0.5).wait(); print('on')"
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    states = set()
-    while child.poll() is None:
-        states.add(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0])
-        time.sleep(0.01)
-    assert "T" in states
+    code = "from sample_runs.moe import process_faults as pf; pf.stop_for(0.5).wait(); print('on', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    assert (child.returncode, child.stdout.read()) == (0, "on\n")
+    # The kernel keeps it for whoever asks late: that a process goes on is told of none that did not stand still.
+    told = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WEXITED | os.WNOWAIT)
+    assert told is not None
+    assert told.si_code in (os.CLD_STOPPED, os.CLD_CONTINUED)
+    assert child.stdout.readline() == "on\n"
+    child.communicate("end\n", timeout=60)
+    assert child.returncode == 0
 
 
 def test_a_killed_process_and_a_killed_loader_worker_end_by_the_signal() -> None:
