@@ -30,8 +30,12 @@ def rings(tmp_path: Path) -> Path:
 def watch(rings: Path) -> Iterator[Callable[..., None]]:
     """``lens.watch`` into this test's rings."""
 
-    def start(model: Any = None, optimizer: Any = None, *, native: bool = True, **more: Any) -> None:
-        settings = Settings.load({}, rings=rings, ring_mib=1, agent=False, native=native, max_overhead_pct=100)
+    def start(
+        model: Any = None, optimizer: Any = None, *, native: bool = True, ring_mib: int = 1, **more: Any
+    ) -> None:
+        settings = Settings.load(
+            {}, rings=rings, ring_mib=ring_mib, agent=False, native=native, max_overhead_pct=100
+        )
         lens.watch(model, optimizer, settings=settings, **more)
         assert lens.enabled()
 

@@ -79,16 +79,34 @@ def _parts(reader: RingReader) -> Iterator[Any]:
         yield part
 
 
+QUIET_END = """
+def until_its_threads_sleep():
+    import pathlib, threading, time
+    own, deadline, quiet = str(threading.get_native_id()), time.monotonic() + 60, 0
+    while quiet < 10 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        states = {}
+        for task in pathlib.Path("/proc/self/task").iterdir():
+            try:
+                states[task.name] = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                pass  # it has ended meanwhile
+        quiet = quiet + 1 if all(state == "S" for task, state in states.items() if task != own) else 0
+
+until_its_threads_sleep()
+"""
+
+
 def script_of(text: str) -> str:
-    """A script as a file holds it. One that leaves its process groups ends a moment later: a thread of torch's that still
-    holds the group's last call when the interpreter ends aborts the process (2 of 22 runs with lens, 2 of 22 without).
+    """A script as a file holds it. One with process groups ends when its threads have come to rest: one of torch's that
+    still holds a group's last call when the interpreter ends aborts the process (2 of 22 runs with lens, 2 of 22 without).
     """
     text = textwrap.dedent(text)
-    return f"{text}\nimport time\ntime.sleep(0.2)\n" if "destroy_process_group()" in text else text
+    return f"{text}\n{QUIET_END}" if "init_process_group(" in text else text
 
 
 def run_script(
-    text: str, rings: Path, *, world: int = 1, timeout: float = 120, **environment: str
+    text: str, rings: Path, *, world: int = 1, timeout: float = 200, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as `world` ranks, with lens recording below `rings`."""
     script = rings.parent / "script.py"
@@ -98,7 +116,7 @@ def run_script(
 
 
 def run_python(
-    arguments: list[str], rings: Path, *, timeout: float = 120, **environment: str
+    arguments: list[str], rings: Path, *, timeout: float = 200, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python as a user would who has set LENS_RINGS."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LENS_")}

@@ -56,6 +56,8 @@ def train(steps: int) -> None:
 
 
 MODEL = nn.Sequential(Routed())
+NO_ROOM_PCT = 1e-7
+"""So little that it stays too little for a hook in a process that a busy machine makes stand for seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def test_without_room_experts_give_way_first_and_steps_stay(watch: Watch, record
     (ring,) = rings.glob("*/*/main.ring")
     session_ = lens.hooks.api._session
     assert session_ is not None
-    session_._limit = 0.001
+    session_._limit = NO_ROOM_PCT
     write_control(ring, backoff_pct=100)
     train(20)
     assert session_.budget.periods == [1, 1]
@@ -99,18 +101,23 @@ def test_without_room_experts_give_way_first_and_steps_stay(watch: Watch, record
     assert all(number == step + 1 for step, number in calls.items())
     told = [event for event in found.events if event["kind"] == "lens.backoff"]
     assert "tokens of experts: recorded in one step of" in told[0]["text"]
-    assert "may take 0.001 %" in told[0]["text"]
+    assert f"may take {NO_ROOM_PCT:g} %" in told[0]["text"]
 
 
 def test_what_was_left_out_comes_back_when_there_is_room(watch: Watch, recorded: Read) -> None:
-    watch(MODEL, native=False)
+    watch(MODEL, native=False, ring_mib=16)
     session_ = lens.hooks.api._session
     assert session_ is not None
-    session_._limit = 0.001
+    session_._limit = NO_ROOM_PCT
     train(20)
     assert session_.budget.thins
     session_._limit = 100.0
-    train(64 * 2 * 12)
+    for _ in range(
+        10
+    ):  # as a rule once: a hook that lost its processor while it recorded is not trusted for a while
+        train(64 * 2 * 12)
+        if session_.budget.periods == [1, 1]:
+            break
     assert session_.budget.periods == [1, 1]
     train(2)
     found = recorded()

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from lens.hooks.native import cache
 from lens.hooks.native.libraries import LIBRARIES
 from lens.ring_reader import RingError, RingReader
 from tests.hooks.ringside import Recorded, read_rings, run_script
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.processes
 
@@ -130,7 +130,8 @@ KILLED = """
     import torch, torch.distributed as dist
     import lens
 
-    dist.init_process_group("gloo")
+    meeting = f"file://{os.environ['MEETING']}"
+    dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=2)
     lens.watch()
     with lens.step(5):
         dist.all_reduce(torch.ones(2))
@@ -149,28 +150,20 @@ def killed(observer_library: None, tmp_path: Path) -> Iterator[list[dict[str, An
     rings = tmp_path / "rings"
     environment = {
         **os.environ, "LENS_RINGS": str(rings), "LENS_AGENT": "0", "LENS_RING_MIB": "1", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2",
+        "MEETING": str(tmp_path / "meeting"), "WORLD_SIZE": "2",
     }  # fmt: skip
-    port = subprocess.run(
-        [sys.executable, "-c", "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1])"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
     ranks = [
-        subprocess.Popen([sys.executable, str(script)], env={**environment, "MASTER_PORT": port, "RANK": str(rank)})
-        for rank in range(2)
+        subprocess.Popen([sys.executable, str(script)], env={**environment, "RANK": str(rank)}) for rank in range(2)
     ]
     try:
-        end = time.monotonic() + 60
-        while [span["bytes"] for span in in_flight(rings)] != [12, 16]:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: [span["bytes"] for span in in_flight(rings)] == [12, 16])
         ranks[0].send_signal(signal.SIGKILL)
-        ranks[0].wait(30)
+        ranks[0].wait(PATIENCE_S)
         yield in_flight(rings)
     finally:
         for process in ranks:
             process.kill()
-            process.wait(30)
+            process.wait(PATIENCE_S)
 
 
 def in_flight(rings: Path) -> list[dict[str, Any]]:

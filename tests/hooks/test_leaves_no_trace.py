@@ -243,14 +243,21 @@ def test_what_watching_takes_is_given_back_each_time(watch: Watch, rings: Path, 
         descriptors, threads = (len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task"))
         return len(gc.get_objects()), descriptors, maps, threads
 
+    def grown() -> list[int]:
+        """By how much all that is held has changed over so many times; ours alone would be the same each time."""
+        before = held()
+        for _ in range(times):
+            once()
+        return [now - then for now, then in zip(held(), before, strict=True)]
+
     for _ in range(20):
         once()
-    before = held()
-    for _ in range(times):
-        once()
-    after = held()
-    assert after[1:] == before[1:]
-    assert after[0] - before[0] < times / 10
+    for _ in range(4):
+        objects, *rest = grown()
+        if objects < times / 10 and not any(rest):
+            break  # else threads of tests before this one may have ended meanwhile: what leaks leaks again
+    assert rest == [0, 0, 0]
+    assert objects < times / 10
 
 
 def test_watching_twice_is_watching_once(watch: Watch, recorded: Read) -> None:
