@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import queue
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +25,20 @@ from lens.store.server import serve
 settings = Settings.load({}, data=sys.argv[1], token=sys.argv[3])
 sys.exit(serve(settings, port=int(sys.argv[2]), ready=lambda url: print(url, flush=True)))
 """
+
+
+def unasked_port() -> int:
+    """A free port that the kernel hands to nobody who does not name it: it can be bound again after its server's end."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    outside = [port for port in range(10_000, 65_000) if not first <= port <= last]
+    for port in random.sample(outside, len(outside)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
 
 
 class Server:

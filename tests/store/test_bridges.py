@@ -81,7 +81,9 @@ def test_a_real_opentelemetry_program_is_stored_and_shown(tmp_path: Path) -> Non
     resources = pytest.importorskip("opentelemetry.sdk.resources")
     with Server(tmp_path / "data") as server, server.client() as client:
         target = exporter.OTLPMetricExporter(
-            endpoint=f"http://127.0.0.1:{server.port}/v1/metrics", headers={"Authorization": f"Bearer {TOKEN}"}
+            endpoint=f"http://127.0.0.1:{server.port}/v1/metrics",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=100,
         )
         resource = resources.Resource.create({"service.name": "trainer", "host.name": "h1"})
         provider = sdk.MeterProvider([export.PeriodicExportingMetricReader(target)], resource)
@@ -91,7 +93,7 @@ def test_a_real_opentelemetry_program_is_stored_and_shown(tmp_path: Path) -> Non
         latency = meter.create_histogram("app.latency")
         for seconds in (0.1, 3.0):
             latency.record(seconds)
-        assert provider.force_flush()
+        assert provider.force_flush(100_000)
         provider.shutdown()
         sql = "SELECT metric, rank, host, value FROM latest WHERE labels['le'] IN ('', '5') ORDER BY metric"
         found = client.post("/api/v1/query", json={"sql": sql, "run": "trainer"}).json()["rows"]

@@ -35,14 +35,16 @@ def target(client: TestClient) -> str:
 
 def test_a_real_opentelemetry_program_sends_over_grpc(client: TestClient) -> None:
     headers = {"authorization": f"Bearer {TOKEN}"}
-    exporter = exporters.OTLPMetricExporter(endpoint=f"http://{target(client)}", insecure=True, headers=headers)
+    exporter = exporters.OTLPMetricExporter(
+        endpoint=f"http://{target(client)}", insecure=True, headers=headers, timeout=100
+    )
     provider = sdk.MeterProvider(
         [export.PeriodicExportingMetricReader(exporter)], resources.Resource.create({"service.name": "trainer"})
     )
     meter = provider.get_meter("test")
     meter.create_gauge("app.temperature").set(71.5, {"rank": 3, "step": 7})
     meter.create_counter("app.tokens").add(5)
-    assert provider.force_flush()
+    assert provider.force_flush(100_000)
     provider.shutdown()
     asked = {"run": "trainer", "sql": "SELECT metric, rank, step, value FROM samples GROUP BY ALL ORDER BY metric"}
     rows = client.post("/api/v1/query", json=asked).json()["rows"]
@@ -64,6 +66,6 @@ def test_calls_without_a_token_for_it_and_bodies_that_are_none_are_refused_as_gr
         call = channel.unary_unary("/opentelemetry.proto.collector.metrics.v1.MetricsService/Export")
         for metadata, body, code in refused:
             with pytest.raises(grpc.RpcError) as told:
-                call(body, metadata=metadata, timeout=30)
+                call(body, metadata=metadata, timeout=100)
             assert told.value.code().name == code
-        assert call(b"", metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=30) == b""
+        assert call(b"", metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=100) == b""

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SECRET = "the secret of this test"
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataFolder]:
     folder = DataFolder(tmp_path_factory.mktemp("sql") / "data")
     for run in ("a", "b"):
         folder.describe_run({"run": run, "world_size": 2, "ranks": [{"rank": 0, "host": "h0"}, {"rank": 1}]})
@@ -39,9 +40,21 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
             {"type": "event", "t_ns": START, "kind": "gpu.xid", "severity": "error", "text": "boo", "rank": 0},
         ]
         send(folder, run, records)
-    folder.applier.wait(folder.log.end, 30)
-    yield Guest(folder.store, folder.registry, SqlLimits(seconds=3))
+    folder.applier.wait(folder.log.end, 120)
+    yield folder
     folder.close()
+
+
+@pytest.fixture(scope="module")
+def guest(folder: DataFolder) -> Guest:
+    """Its queries end, but not because a busy machine is slow."""
+    return Guest(folder.store, folder.registry, SqlLimits(seconds=120))
+
+
+@pytest.fixture
+def hasty(folder: DataFolder) -> Guest:
+    """A guest whose queries are over after three seconds."""
+    return Guest(folder.store, folder.registry, SqlLimits(seconds=3))
 
 
 def rows(guest: Guest, sql: str, run: str | None = None) -> list[tuple[object, ...]]:
@@ -224,7 +237,7 @@ def test_every_known_escape_is_refused_and_nothing_is_read_or_written(guest: Gue
     assert rows(guest, "SELECT count() FROM samples") == before
 
 
-def test_long_and_large_queries_end_and_do_not_spoil_the_next(guest: Guest) -> None:
+def test_long_and_large_queries_end_and_do_not_spoil_the_next(hasty: Guest) -> None:
     product = "SELECT count() FROM samples a, samples b, samples c, samples d, samples e, samples f, samples g"
     endless = "SELECT n FROM (SELECT 1 AS n) ORDER BY n WITH FILL FROM 0 TO 1000000000000"
     large = (
@@ -233,31 +246,47 @@ def test_long_and_large_queries_end_and_do_not_spoil_the_next(guest: Guest) -> N
     large += "samples c, samples d, samples e"
     for sql in (product, endless, large):
         with pytest.raises(BadQueryError, match="exceeded"):
-            guest.ask(sql)
-        assert rows(guest, "SELECT DISTINCT op, group FROM collectives") == [("all_reduce", "dp/0")]
+            hasty.ask(sql)
+        assert in_time(hasty, "SELECT DISTINCT op, group FROM collectives") == [("all_reduce", "dp/0")]
 
 
-def test_more_queries_at_once_than_allowed_are_told_to_wait(guest: Guest) -> None:
+def in_time(hasty: Guest, sql: str) -> list[tuple[object, ...]]:
+    """The rows, asked for again where the machine was too busy to find them within the guest's time."""
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            return rows(hasty, sql)
+        except BadQueryError as error:
+            if "exceeded" not in str(error) or time.monotonic() > deadline:
+                raise
+
+
+def test_more_queries_at_once_than_allowed_are_told_to_wait(hasty: Guest) -> None:
     endless = "SELECT n FROM (SELECT 1 AS n) ORDER BY n WITH FILL FROM 0 TO 1000000000000"
+    enough = threading.Event()
 
     def ask() -> None:
-        with pytest.raises(BadQueryError):
-            guest.ask(endless)
+        while not enough.wait(0.01):
+            with suppress(BadQueryError, StoreFullError):
+                hasty.ask(endless)
 
     busy = [threading.Thread(target=ask) for _ in range(SqlLimits().queries)]
     for thread in busy:
         thread.start()
-    with pytest.raises(StoreFullError):
-        _ask_for_seconds(guest, 20)
-    for thread in busy:
-        thread.join()
-    assert rows(guest, "SELECT 1") == [(1,)]
+    try:
+        with pytest.raises(StoreFullError):
+            _ask_for_seconds(hasty, 90)
+    finally:
+        enough.set()
+        for thread in busy:
+            thread.join()
+    assert in_time(hasty, "SELECT 1") == [(1,)]
 
 
-def _ask_for_seconds(guest: Guest, seconds: float) -> None:
+def _ask_for_seconds(hasty: Guest, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        guest.ask("SELECT 1")
+        in_time(hasty, "SELECT 1")
 
 
 def test_the_documentation_lists_every_view_and_column(guest: Guest) -> None:

@@ -28,11 +28,12 @@ def test_an_answer_after_a_failed_one_holds_nothing_of_it(folder: DataFolder) ->
 
 def test_the_route_answers_in_json_and_arrow_and_explains_what_it_refuses(client: TestClient) -> None:
     client.post("/api/v1/runs", json={"run": "r", "world_size": 1})
-    assert client.post("/api/v1/query", json={"sql": "SELECT run, 0 / 0 AS odd, NULL AS none FROM runs"}).json() == {
+    answer = client.post("/api/v1/query", json={"sql": "SELECT run, 0 / 0 AS odd, NULL AS none FROM runs"}).json()
+    assert answer.pop("elapsed_s") > 0
+    assert answer == {
         "columns": [{"name": "run", "type": "string"}, {"name": "odd", "type": "double"}, {"name": "none", "type": "null"}],
         "rows": [["r", "NaN", None]],
         "truncated": False,
-        "elapsed_s": pytest.approx(5, abs=5),
     }  # fmt: skip
     reply = client.post(
         "/api/v1/query", json={"sql": "SELECT run FROM runs", "run": "r"}, headers={"accept": ARROW}

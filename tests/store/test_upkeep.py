@@ -329,7 +329,13 @@ def test_records_past_their_retention_go_on_schedule(folder: DataFolder) -> None
     assert rows(folder, "r")["samples"] == 0
 
 
-def test_the_store_over_http(client: TestClient) -> None:
+@pytest.fixture
+def unscheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks for old records when it is asked to, and not beside that."""
+    monkeypatch.setattr(Upkeep, "start", lambda upkeep: None)
+
+
+def test_the_store_over_http(unscheduled: None, client: TestClient) -> None:
     for run in ("a", "b"):
         client.post("/api/v1/runs", json={"run": run})
         body = ndjson(aged(ALL_KINDS, 3 * DAY))
