@@ -78,8 +78,10 @@ def test_a_hung_run_and_then_a_killed_one_tell_who_never_came(
             return False
         reply = postmortem(rings, capsys)
         # In any step one may wait for another for a moment: it is the seventh from which nobody comes back.
-        there = [rank["step"] for rank in reply["ranks"]] == [6, 6, 6]
-        return there and [len(wait["inside"]) for wait in reply["waits"]] == [1, 1]
+        if [rank["step"] for rank in reply["ranks"]] != [6, 6, 6]:
+            return False
+        left = [rank["collective"]["left"] for rank in reply["ranks"]]
+        return left == [False, True, False] and [len(wait["inside"]) for wait in reply["waits"]] == [1, 1]
 
     end = time.monotonic() + 120
     while not everybody_waits():

@@ -45,6 +45,7 @@ def test_what_was_recorded_without_a_server_is_there_once_it_is_served(tmp_path:
     try:
         assert server.stdout is not None
         server.stdout.readline()
+        end = time.monotonic() + 90
         while True:
             runs = json.loads(lens("list", "--json").stdout)["runs"]
             if runs and runs[0]["last_step"] == 4:
@@ -54,4 +55,4 @@ def test_what_was_recorded_without_a_server_is_there_once_it_is_served(tmp_path:
         assert runs[0]["run"] == "early"
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(120)

@@ -49,7 +49,7 @@ def lines(page: str, kind: str, word: str, server: Server) -> str:
 def shell(text: str) -> list[Any]:
     """Run the lines; what each curl answered."""
     done = subprocess.run(
-        ["bash", "-ec", text], capture_output=True, text=True, timeout=60, env={**os.environ, "TOKEN": TOKEN}
+        ["bash", "-ec", text], capture_output=True, text=True, timeout=120, env={**os.environ, "TOKEN": TOKEN}
     )
     assert done.returncode == 0, done.stderr
     decoder, rest, found = json.JSONDecoder(), done.stdout.strip(), []
@@ -76,9 +76,10 @@ def test_curl_and_an_opentelemetry_program_send_to_one_run_and_curl_reads_it_bac
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http.metric_exporter")
     assert shell(lines("bridges.md", "", "resourceMetrics", server)) == [{}]
     named = dict(line.split("=", 1) for line in lines("bridges.md", "", "OTEL_SERVICE_NAME", server).splitlines())
-    environment = {**os.environ, **{name: value.strip('"') for name, value in named.items()}}
+    patient = {"OTEL_EXPORTER_OTLP_TIMEOUT": "100"}
+    environment = {**os.environ, **patient, **{name: value.strip('"') for name, value in named.items()}}
     program = lines("bridges.md", "python", "OTLPMetricExporter", server)
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=150)
     series, asked = shell(lines("bridges.md", "", "my-trainer/series", server))
     assert series["series"][0]["max"] == [1.5]
     assert asked["rows"] == [["my.loss", 3, 7, 1.5], ["my.temperature", 3, 7, 71.5]]
@@ -98,7 +99,7 @@ def test_remote_write_as_the_protocol_has_it_goes_where_the_page_says(server: Se
         "X-Prometheus-Remote-Write-Version": "0.1.0",
     }
     body = write_request(({"__name__": "node_load1", "instance": "h1"}, [(0.5, 1_700_000_000_000)]))
-    with urlopen(Request(url, body, headers), timeout=30) as reply:
+    with urlopen(Request(url, body, headers), timeout=100) as reply:
         assert reply.status == 204
     with server.client() as client:
         asked = {"run": "cluster", "sql": "SELECT host, value FROM samples WHERE metric = 'node_load1'"}

@@ -160,6 +160,7 @@ def test_a_hot_card_throttles_and_its_rank_computes_as_slowly_as_it_says(
 ) -> None:
     monkeypatch.setenv("LENS_RINGS", str(tmp_path))
     monkeypatch.setenv("LENS_DEVICE", "host1/gpu0")
+    monkeypatch.setattr("sample_runs.moe.card.STALE_S", 600.0)  # the test's seconds are not those of its machine
     cards = SimulatedCards(text, "host1", tmp_path / "sim")
     collector, card = cards.collector(), cards.cards["host1/gpu0"]
     collector.probe()
@@ -192,6 +193,7 @@ def test_a_hot_card_throttles_and_its_rank_computes_as_slowly_as_it_says(
 def test_what_a_card_said_long_ago_is_passed_over(tmp_path: Path) -> None:
     card, state = Card("host1.example.org/gpu0", tmp_path), tmp_path / "host1.example.org_gpu0.state.json"
     state.write_text('{"speed_factor": 0.5}')
+    os.utime(state, (time.time() + 600,) * 2)  # said just now, however slow the machine is
     assert card.speed() == 0.5
     os.utime(state, (0, 0))
     assert card.speed() == 1

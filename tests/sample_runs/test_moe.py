@@ -133,7 +133,7 @@ def test_eight_ranks_train(tmp_path: Path) -> None:
 
 
 ENDING = """
-import sys
+import sys, time
 from pathlib import Path
 from sample_runs.moe import options, train
 
@@ -150,6 +150,9 @@ close = train.Ranks.close
 def watched(ranks):
     before = len(threads())
     close(ranks)
+    end = time.monotonic() + 60
+    while threads() and time.monotonic() < end:  # one that was joined may be listed a moment longer
+        time.sleep(0.01)
     print(f"threads {before} -> {len(threads())}", flush=True)
 train.Ranks.close = watched
 sys.exit(train.main(options.parse()))
