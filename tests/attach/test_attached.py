@@ -17,7 +17,7 @@ from lens.slots import COLLECTIVE, PHASE, STEP, iter_records
 from tests.hooks.ringside import script_of
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.processes
 PACE_S = 0.01
 """Pause after each step while somebody attaches: the training must outlast that, however slow the machine is."""
 TRAINING = """

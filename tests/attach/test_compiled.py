@@ -11,7 +11,7 @@ from tests.attach.test_attached import PACE_S, Training
 from tests.hooks.ringside import read_rings
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.processes
 TRAINING = """
 import sys, time, torch, torch.distributed as dist
 from pathlib import Path

@@ -16,7 +16,7 @@ from lens.attach.windows import first_step
 from tests.hooks.ringside import script_of
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.processes
 
 RANKS = """
 import sys, time, torch, torch.distributed as dist

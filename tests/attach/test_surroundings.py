@@ -18,7 +18,7 @@ from lens.attach.preflight import NEWEST, OLDEST, judge
 from lens.collectors.launch import take_lock
 from lens.settings import Settings
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = "print('here', flush=True)\nwhile True: sum(range(1000))"
 NOBODY = 65534

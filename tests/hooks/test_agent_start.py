@@ -6,14 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hooks.ringside import run_script
-from tests.waiting import PATIENCE_S
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.processes
 SCRIPT = "import lens; lens.watch(); lens.log({'n': 1})"
@@ -28,19 +27,17 @@ def agents(rings: Path) -> Iterator[int]:
                 yield about["pid"]
 
 
-def wait_for_agents(rings: Path, seconds: float) -> list[int]:
-    until = time.monotonic() + seconds
-    while not (found := list(agents(rings))) and time.monotonic() < until:
-        time.sleep(0.1)
-    return found
+def locks(rings: Path) -> list[Path]:
+    """What `watch` takes before it starts an agent."""
+    return list(rings.glob("*/agent.lock"))
 
 
 def test_the_agent_outlives_the_training_and_is_not_its_child(rings: Path) -> None:
     done = run_script(SCRIPT, rings, LENS_AGENT="1", LENS_SERVER=NOBODY)
-    found = wait_for_agents(rings, PATIENCE_S)
+    found = wait_for(lambda: list(agents(rings)))
     try:
         assert (done.returncode, done.stderr) == (0, "")
-        assert found
+        assert locks(rings)
         assert "agent\0--server\0" + NOBODY in Path(f"/proc/{found[0]}/cmdline").read_text()
         assert os.getsid(found[0]) != os.getsid(0)
     finally:
@@ -52,4 +49,4 @@ def test_the_agent_outlives_the_training_and_is_not_its_child(rings: Path) -> No
 @pytest.mark.parametrize("environment", [{"LENS_AGENT": "0", "LENS_SERVER": NOBODY}, {"LENS_AGENT": "1"}])
 def test_no_agent_is_started_when_forbidden_or_without_a_server(rings: Path, environment: dict[str, str]) -> None:
     assert run_script(SCRIPT, rings, **environment).returncode == 0
-    assert wait_for_agents(rings, 2) == []
+    assert locks(rings) == []
