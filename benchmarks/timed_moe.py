@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 benchmarks/timed_moe.py FOLDER [options of sample_ru
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -15,10 +16,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens.hooks import api
+from lens.ring_reader import RingReader
 from sample_runs.moe import observe, options, train
 
 KEPT = 100
 """Times written at once."""
+
+
+def written() -> dict[str, int]:
+    """Slots that this process has written so far into its own ring and into that of its collectives, read or not."""
+    recording = api.recording()
+    counts = {"main": 0, "native": 0}
+    for path in recording["ring"].parent.glob("*.ring") if recording else ():
+        reader = RingReader(path)
+        while reader.poll() is not None:
+            pass
+        counts["native" if path.stem.startswith("native") else "main"] += reader.cursor - 1
+        reader.close()
+    return counts
 
 
 class Timed:
@@ -46,6 +62,7 @@ class Timed:
             finally:
                 kept.append(time.monotonic_ns())
                 kept.tofile(file)
+                self._path.with_suffix(".slots").write_text(json.dumps(written()))
 
 
 if __name__ == "__main__":
