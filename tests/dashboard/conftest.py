@@ -51,16 +51,18 @@ class Server:
     def later(self, seconds: float) -> Iterator[None]:
         """The live feed's clock is that much ahead meanwhile."""
         self.clock.ahead = seconds
-        yield
-        self.clock.ahead = 0.0
+        try:
+            yield
+        finally:
+            self.clock.ahead = 0.0
 
     def post(self, path: str, body: bytes, content_type: str = "application/json") -> None:
         headers = {**self.headers, "content-type": content_type}
-        with urlopen(Request(self.url + path, body, headers, method="POST"), timeout=30) as reply:
+        with urlopen(Request(self.url + path, body, headers, method="POST"), timeout=100) as reply:
             reply.read()
 
     def get(self, path: str, accept: str = "*/*") -> tuple[dict[str, str], bytes]:
-        with urlopen(Request(self.url + path, headers={**self.headers, "accept": accept}), timeout=30) as reply:
+        with urlopen(Request(self.url + path, headers={**self.headers, "accept": accept}), timeout=100) as reply:
             return {key.lower(): value for key, value in reply.headers.items()}, reply.read()
 
     def begin(self, run: str, ranks: int = 4) -> None:
@@ -95,7 +97,7 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(120)
         assert not self.thread.is_alive(), "the server did not shut down with a page open"
 
 
@@ -138,7 +140,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
         url = json.loads(line)["url"].split("/?")[0]
         yield RealServer(url, {"Authorization": f"Bearer {TOKEN}"})
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) is not None, "the server did not shut down with a page open"
+        assert process.wait(120) is not None, "the server did not shut down with a page open"
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +194,7 @@ def open_page(browser: Any, profiles: Callable[..., Any]) -> Iterator[Callable[.
         context = profiles(scheme, server.url if isinstance(server, RealServer) else None)
         if fresh:  # keeps nothing, finds nothing
             context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+            context.set_default_timeout(PATIENCE_MS)
             own.append(context)
             if isinstance(server, RealServer) and "token=" not in path:
                 context.request.get(f"{server.url}/?token={TOKEN}")

@@ -73,7 +73,7 @@ def says(page: Any, selector: str, words: str) -> None:
         r"([selector, words]) => document.querySelector(selector)?.innerText.replace(/\s+/g, ' ').includes(words)"
     )
     try:
-        page.wait_for_function(script, arg=[selector, words], timeout=20_000)
+        page.wait_for_function(script, arg=[selector, words])
     except Exception as error:
         raise AssertionError(f"{selector} does not say {words!r} but {text(page, selector)!r}") from error
 

@@ -38,7 +38,7 @@ def test_a_click_on_the_stack_shows_that_step_rank_by_rank(real: RealServer, ope
     box = page.locator("#step-stack .u-over").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 60)
     page.wait_for_function("() => /^\\?step=(9|10)$/.test(location.search)")
-    step = int(page.url.rsplit("=", 1)[1])
+    step = int(page.evaluate("() => location.search").rsplit("=", 1)[1])
     page.wait_for_selector(f"#step-lanes[data-drawn-step='{step}']")
     assert colours(page, "#step-lanes canvas.lens-map") > 5
 
@@ -93,7 +93,7 @@ def test_a_collective_in_flight_beside_other_work_is_no_wait(real: RealServer, o
     page = open_page(real, f"/run/{name}/steps?step=0")
     drawn(page, "step-lanes", 0)
     says(page, "#step-lanes .lens-panel-legend", "in flight beside other work")
-    assert "most waited for: rank 1, 6.00 ms in all by rank 0" in text(page, "#step-lanes .lens-panel-legend")
+    says(page, "#step-lanes .lens-panel-legend", "most waited for: rank 1, 6.00 ms in all by rank 0")
     tip = pointed(page, "step-lanes", 2)
     assert "beside other work for 25.0 ms, then its rank waited for it" in tip
     assert "waited 6.00 ms for rank 1" in tip
@@ -104,10 +104,9 @@ def test_communication_shows_pairs_and_groups(real: RealServer, open_page: Open,
     page = open_page(real, f"/run/{run}/communication")
     drawn(page, "wait-map", 19)
     drawn(page, "byte-map", 19)
-    tiles = text(page, "#communication-numbers")
-    assert "Most waited for rank 2" in tiles
-    assert "32.0 KiB a step, all ranks together" in tiles
-    assert "ep/0 0 and 1 all-to-all 1 4.00 KiB" in text(page, "#group-speed table.lens-plain-table")
+    says(page, "#communication-numbers", "Most waited for rank 2")
+    says(page, "#communication-numbers", "32.0 KiB a step, all ranks together")
+    says(page, "#group-speed table.lens-plain-table", "ep/0 0 and 1 all-to-all 1 4.00 KiB")
     waits = tabled(page, "wait-map")
     assert "rank 0 rank 2 0.006" in waits
     assert "rank 0 rank 0 n/a" in waits
@@ -145,15 +144,15 @@ def test_hardware_shows_cards_of_both_vendors_and_why_a_value_is_missing(
     page = open_page(real, f"/run/{run}/hardware")
     page.wait_for_selector("#hardware-grid [data-device='host1/gpu1']")
     says(page, "#hardware-grid .lens-panel-legend", "2 hosts, 4 cards: 2 × NVIDIA H200, 2 × AMD MI455X")
-    assert "All of these cards are simulated" in text(page, "#hardware-grid .lens-panel-legend")
-    first = text(page, "#hardware-grid [data-device='host0/gpu0']")
-    assert "gpu0 rank 0 simulated NVIDIA H200 Busy 50 %" in first
-    assert "319 W of 600 W" in first
-    last = text(page, "#hardware-grid [data-device='host1/gpu1']")
-    assert "Power n/a: unsupported by this card" in last
-    assert "Temperature n/a: not reported" in last
-    port = text(page, "#hardware-grid [data-device='host0/mlx5_0']")
-    assert "simulated ● up 50.0 GB/s 500 MB/s (1.0 %) 1.00 GB/s (2.0 %)" in port
+    says(page, "#hardware-grid .lens-panel-legend", "All of these cards are simulated")
+    first, last, port = (
+        f"#hardware-grid [data-device='{name}']" for name in ("host0/gpu0", "host1/gpu1", "host0/mlx5_0")
+    )
+    says(page, first, "gpu0 rank 0 simulated NVIDIA H200 Busy 50 %")
+    says(page, first, "319 W of 600 W")
+    says(page, last, "Power n/a: unsupported by this card")
+    says(page, last, "Temperature n/a: not reported")
+    says(page, port, "simulated ● up 50.0 GB/s 500 MB/s (1.0 %) 1.00 GB/s (2.0 %)")
     assert "host1/gpu1 simulated hw.power n/a: unsupported by this card" in tabled(page, "hardware-grid")
 
 
@@ -169,7 +168,7 @@ def test_memory_is_held_against_the_limit_of_its_own_card(real: RealServer, open
         "fullest: host0/gpu0, rank 0, at most 4.00 GiB of 8.00 GiB (50 %)",
     )
     says(page, "#process-memory .lens-panel-legend", "on rank 3; limit n/a: not reported")
-    assert "n/a: torch has no allocator statistics here" in text(page, "#torch-memory .lens-message")
+    says(page, "#torch-memory .lens-message", "n/a: torch has no allocator statistics here")
 
 
 LATE_MAPS = """

@@ -22,6 +22,11 @@ from tests.dashboard import synthetic
 METRICS = {"step.duration", "phase.duration", "step.tokens", "train.loss", "comm.self"}
 
 
+def still(**options: int) -> LiveFeed:
+    """A feed whose clock stands still: what came a moment ago is recent, however slow the machine."""
+    return LiveFeed(clock=lambda: 0.0, **options)
+
+
 def tables_of(*records: dict[str, Any]) -> Tables:
     builder = TablesBuilder()
     for record in records:
@@ -64,7 +69,7 @@ def decoded(frame: bytes) -> tuple[dict[str, Any], dict[tuple[Any, ...], float]]
 
 
 def test_steps_phases_samples_and_pre_reduced_vectors_become_cells() -> None:
-    feed = LiveFeed()
+    feed = still()
     feed.publish(
         "run",
         tables_of(
@@ -89,7 +94,7 @@ def test_steps_phases_samples_and_pre_reduced_vectors_become_cells() -> None:
 
 
 def test_parts_of_a_phase_are_summed_within_a_batch_and_across_batches() -> None:
-    feed = LiveFeed()
+    feed = still()
     feed.publish("run", tables_of(phase_record(1, "forward", 0.25), phase_record(1, "forward", 0.25, start=5)))
     feed.publish("run", tables_of(phase_record(1, "forward", 0.5, start=9), phase_record(2, "forward", 1)))
     feed.publish("run", tables_of(phase_record(2, "forward", 2, start=7)))
@@ -98,7 +103,7 @@ def test_parts_of_a_phase_are_summed_within_a_batch_and_across_batches() -> None
 
 
 def test_own_time_is_the_step_less_what_held_its_rank_also_when_that_came_before() -> None:
-    feed = LiveFeed()
+    feed = still()
 
     def collective(start: float, stop: float, **attrs: Any) -> dict[str, Any]:
         return {**phase_record(1, "all_reduce", stop - start, start=int((1 + start) * 1e9)), "kind": "collective",
@@ -111,7 +116,7 @@ def test_own_time_is_the_step_less_what_held_its_rank_also_when_that_came_before
 
 
 def test_what_has_not_ended_is_no_cell() -> None:
-    feed = LiveFeed()
+    feed = still()
     open_step = {**step_record(1), "t1_ns": None}
     open_phase = {**phase_record(1, "forward", 1), "t1_ns": None}
     feed.publish("run", tables_of(open_step, open_phase))
@@ -123,7 +128,7 @@ def test_what_has_not_ended_is_no_cell() -> None:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_client_that_resumes_anywhere_has_every_cell_once_it_is_up_to_date(sizes: list[int], data: Any) -> None:
-    feed = LiveFeed()
+    feed = still()
     expected: dict[tuple[Any, ...], float] = {}
     cursor, _ = feed.frame("run", None, METRICS)
     received: dict[tuple[Any, ...], float] = {}
@@ -145,7 +150,7 @@ def test_a_client_that_resumes_anywhere_has_every_cell_once_it_is_up_to_date(siz
 
 
 def test_the_window_is_bounded_and_a_client_that_fell_behind_is_told_to_reload() -> None:
-    feed = LiveFeed(window_cells=50)
+    feed = still(window_cells=50)
     old, _ = feed.frame("run", None, METRICS)
     for step in range(100):
         feed.publish("run", tables_of(step_record(step)))
@@ -157,7 +162,7 @@ def test_the_window_is_bounded_and_a_client_that_fell_behind_is_told_to_reload()
 
 
 def test_a_cursor_of_an_earlier_server_is_not_taken_for_one_of_this() -> None:
-    feed = LiveFeed()
+    feed = still()
     feed.publish("run", tables_of(step_record(0)))
     current, _ = feed.frame("run", None, METRICS)
     assert decoded(feed.frame("run", current - 10**6, METRICS)[1])[0]["reset"] is True
@@ -166,7 +171,7 @@ def test_a_cursor_of_an_earlier_server_is_not_taken_for_one_of_this() -> None:
 
 
 def test_only_the_most_recent_runs_are_kept() -> None:
-    feed = LiveFeed(max_runs=3)
+    feed = still(max_runs=3)
     for number in range(10):
         feed.publish(f"run{number}", tables_of(step_record(0)))
     assert decoded(feed.frame("run9", None, METRICS, METRICS)[1])[1]
@@ -174,7 +179,7 @@ def test_only_the_most_recent_runs_are_kept() -> None:
 
 
 def test_a_rank_that_ended_no_longer_reports() -> None:
-    feed = LiveFeed()
+    feed = still()
     feed.publish("run", tables_of(*(step_record(0, rank) for rank in range(4))))
     assert decoded(feed.frame("run", None, METRICS)[1])[0]["ranks_reporting"] == 4
     ended = {"type": "event", "t_ns": 5, "kind": "process.exit", "text": "killed", "rank": 2}
@@ -183,7 +188,7 @@ def test_a_rank_that_ended_no_longer_reports() -> None:
 
 
 def test_a_diagnosis_comes_once_to_each_client_and_to_every_new_one() -> None:
-    feed = LiveFeed()
+    feed = still()
     early, _ = feed.frame("run", None, METRICS)
     feed.publish_diagnosis("run", synthetic.healthy("run", 5), synthetic.ledger(5))
     cursor, frame = feed.frame("run", early, METRICS)
@@ -194,7 +199,7 @@ def test_a_diagnosis_comes_once_to_each_client_and_to_every_new_one() -> None:
 
 
 def test_publishing_from_many_threads_loses_nothing() -> None:
-    feed = LiveFeed()
+    feed = still()
     start, _ = feed.frame("run", None, METRICS)
 
     def publish(rank: int) -> None:
@@ -225,14 +230,14 @@ def application(feed: LiveFeed) -> FastAPI:
 
 def frames_until(websocket: Any, count: int) -> dict[tuple[Any, ...], float]:
     received: dict[tuple[Any, ...], float] = {}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while len(received) < count and time.monotonic() < deadline:
         received.update(decoded(websocket.receive_bytes())[1])
     return received
 
 
 def test_a_websocket_gets_what_it_subscribed_to_and_nothing_else() -> None:
-    feed = LiveFeed()
+    feed = still()
     with TestClient(application(feed)) as client, client.websocket_connect("/api/v1/runs/run/live") as websocket:
         websocket.send_json({"subscribe": ["train.loss"]})
         header, _ = decoded(websocket.receive_bytes())
@@ -245,7 +250,7 @@ def test_a_websocket_gets_what_it_subscribed_to_and_nothing_else() -> None:
 
 
 def test_a_websocket_resumes_from_its_cursor() -> None:
-    feed = LiveFeed()
+    feed = still()
     feed.publish("run", tables_of(step_record(1)))
     cursor, _ = feed.frame("run", None, METRICS)
     feed.publish("run", tables_of(step_record(2)))
@@ -256,7 +261,7 @@ def test_a_websocket_resumes_from_its_cursor() -> None:
 
 
 def test_nonsense_from_a_client_is_answered_and_harms_nobody() -> None:
-    feed = LiveFeed()
+    feed = still()
     with TestClient(application(feed)) as client, client.websocket_connect("/api/v1/runs/none/live") as websocket:
         for text in ("no json", "[1]", '{"subscribe": 3}'):
             websocket.send_text(text)

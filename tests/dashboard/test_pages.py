@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from tests.dashboard import fake_store, synthetic
-from tests.dashboard.conftest import Running, Server
+from tests.dashboard.conftest import PATIENCE_MS, Running, Server
 from tests.dashboard.reading import drawn, pixels, press, says, text
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("dashboard")]
 Open = Callable[..., Any]
 NUMBERS = count()
 PAGE_LIMIT = 2 * 2**20
+CUT_AND_SEEN = """() => new Promise(done => { window.sockets[0].close();
+    const look = setInterval(() => { if (!document.querySelector("#status [data-state='offline']")) return;
+        clearInterval(look); done(); }, 10); })"""
+"""Looks from within: the page may be connected again before a test has come to look."""
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def test_the_table_beside_a_picture_grows_with_it(server: Server, open_page: Ope
     page = open_page(server, f"/run/{run}")
     drawn(page, "step-time", 59)
     says(page, "#numbers", "Last step 59 4 of 4 ranks reporting")
-    assert "live" in text(page, "#status")
+    says(page, "#status", "live")
     press(page, "step-time", "Table")
     page.wait_for_selector("#step-time tbody th:text-is('59')")
     server.send(run, synthetic.steps(60, 65))
@@ -48,23 +52,25 @@ def test_the_slowest_rank_is_followed_where_none_is_chosen(server: Server, open_
     server.send(run, synthetic.steps(60, 200, slow=(2, 60, 2.0)))
     drawn(page, "rank-map", 199)
     says(page, "#rank-series .lens-panel-legend", "no rank chosen: shown is the one with the highest median")
-    for step in range(200, 240):  # it is looked for anew every few seconds
-        if "rank 2" in text(page, "#rank-series .lens-panel-legend"):
-            break
+    step, end = 200, time.monotonic() + 60  # it is looked for anew every few seconds
+    while "rank 2" not in text(page, "#rank-series .lens-panel-legend") and time.monotonic() < end:
         server.send(run, synthetic.steps(step, step + 1, slow=(2, 60, 2.0)))
+        step += 1
         time.sleep(0.2)
-    assert "rank 2" in text(page, "#rank-series .lens-panel-legend")
+    says(page, "#rank-series .lens-panel-legend", "rank 2")
 
 
 def test_the_pointer_reads_a_cell_and_a_click_follows_the_rank(server: Server, open_page: Open, run: str) -> None:
     page = open_page(server, f"/run/{run}/ranks")
     drawn(page, "rank-map", 59)
-    box = page.locator("canvas.lens-map-over").bounding_box()
-    row_of_rank_3 = box["y"] + 16 + 3.5 * 34
-    page.mouse.move(box["x"] + box["width"] * 0.6, row_of_rank_3)
-    tip = text(page, ".lens-tip")
-    assert re.search(r"rank 3 · host1/gpu1 [\d.]+ ms step \d+", tip), tip
-    page.mouse.click(box["x"] + box["width"] * 0.6, row_of_rank_3)
+    tip, end = "", time.monotonic() + 60
+    while not re.search(r"rank 3 · host1/gpu1 [\d.]+ ms step \d+", tip):
+        assert time.monotonic() < end, tip
+        box = page.locator("canvas.lens-map-over").bounding_box()  # a panel above may have grown by a line
+        there = box["x"] + box["width"] * 0.6, box["y"] + 16 + 3.5 * 34
+        page.mouse.move(*there)
+        tip = text(page, ".lens-tip")
+    page.mouse.click(*there)
     page.wait_for_function("() => location.search === '?rank=3'")
     page.wait_for_function(
         "() => document.querySelector('#rank-series .lens-panel-legend').innerText.includes('rank 3')"
@@ -80,7 +86,7 @@ def test_the_map_can_be_read_with_the_keyboard(server: Server, open_page: Open, 
     assert "rank 1" in label
     assert "step 59" in label
     page.keyboard.press("Enter")
-    assert page.url.endswith("?rank=1")
+    page.wait_for_function("() => location.search === '?rank=1'")
 
 
 def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page: Open, run: str) -> None:
@@ -88,11 +94,10 @@ def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page
     page.wait_for_selector("#verdict[data-status='insufficient']")
     server.judge(run, synthetic.healthy(run, 59), synthetic.ledger(59))
     page.wait_for_selector("#verdict[data-status='healthy']")
-    assert text(page, "#verdict h2") == "Nothing holds this run back."
+    says(page, "#verdict h2", "Nothing holds this run back.")
     assert page.locator("#findings").is_hidden()
     server.judge(run, synthetic.slow_device(run, 59, onset=40), synthetic.ledger(59, waiting=0.21))
     page.wait_for_selector("#verdict[data-status='degraded']")
-    verdict = text(page, "#verdict")
     for part in (
         "Rank 2 (host1/gpu0) computes slower than its peers since step 40.",
         "38.4 % longer",
@@ -104,10 +109,9 @@ def test_the_verdict_comes_first_and_arrives_by_itself(server: Server, open_page
         "42.4 ms instead of 58.7 ms",
         "Judged without: net.rdma.retransmits",
     ):
-        assert part in verdict
-    ledger = text(page, "#ledger")
-    assert "Waiting for the slowest rank idle inside a collective until the last rank joins 21 %" in ledger
-    assert "Not measured in this run: garbage collection, pipeline bubble" in ledger
+        says(page, "#verdict", part)
+    says(page, "#ledger", "Waiting for the slowest rank idle inside a collective until the last rank joins 21 %")
+    says(page, "#ledger", "Not measured in this run: garbage collection, pipeline bubble")
 
 
 def test_all_findings_are_listed_and_lead_to_where_they_show(server: Server, open_page: Open, run: str) -> None:
@@ -123,11 +127,11 @@ def test_all_findings_are_listed_and_lead_to_where_they_show(server: Server, ope
     assert "40 44 not over 16.3 ms (38.4 %) 94 % Hardware" in first
     assert "Rank 1 (host0) waits for its own data loader. 12 17 30 n/a 81 %" in over
     assert "ⓘ note Cards of different speed wait for each other. 0 8 not over n/a" in note
-    assert "Rank 2 (host1/gpu0) computes slower" in text(page, "#verdict h2"), "a note is not the verdict"
+    says(page, "#verdict h2", "Rank 2 (host1/gpu0) computes slower")  # a note is not the verdict
     drawn(page, "step-time", 59)
     page.click("#findings a:text-is('Ranks: time in data')")
     drawn(page, "rank-map", 59)
-    assert page.url == f"{server.url}/run/{run}/ranks?rank=1&m=phase.duration:data"
+    page.wait_for_url(f"{server.url}/run/{run}/ranks?rank=1&m=phase.duration:data")
 
 
 def test_a_note_alone_raises_no_alarm(server: Server, open_page: Open, run: str) -> None:
@@ -139,7 +143,7 @@ def test_a_note_alone_raises_no_alarm(server: Server, open_page: Open, run: str)
     page.keyboard.press("g")
     page.keyboard.press("o")
     page.wait_for_selector("#verdict[data-status='healthy']")
-    assert "ⓘ note" in text(page, "#findings")
+    says(page, "#findings", "ⓘ note")
 
 
 def test_what_is_chosen_is_in_the_address(server: Server, open_page: Open, run: str) -> None:
@@ -155,19 +159,20 @@ def test_what_is_chosen_is_in_the_address(server: Server, open_page: Open, run: 
     drawn(page, "step-stack", 40)
     page.click("button:text-is('▶')")
     page.wait_for_function("() => location.search === '?x=15-44&rank=3,1&m=phase.duration:forward&step=45'")
-    address = page.url
+    address = page.evaluate("() => location.href")
     page.keyboard.press("g")
     page.keyboard.press("r")
     says(page, "#rank-series .lens-panel-legend", "rank 3")
     assert page.input_value("#metric") == "phase.duration:forward"
     assert page.input_value("#rank-filter") == "3,1"
-    assert "only steps 15–44" in text(page, "#status")
+    says(page, "#status", "only steps 15–44")
     press(page, "rank-series", "Table")
+    page.wait_for_selector("#rank-series tbody th")
     steps = page.eval_on_selector_all("#rank-series tbody th", "cells => cells.map(cell => Number(cell.innerText))")
     assert (min(steps), max(steps)) == (15, 44)
     page.go_back()
     page.wait_for_selector("#page-steps:not([hidden])")
-    assert page.url == address
+    page.wait_for_url(address)
 
 
 def test_zoom_by_dragging_and_by_keys(server: Server, open_page: Open, run: str) -> None:
@@ -217,13 +222,13 @@ def test_what_never_came_to_the_store_is_counted_in_the_header(server: Server, o
 def test_a_silent_run_is_called_stale_and_its_pictures_fade(server: Server, open_page: Open, run: str) -> None:
     page = open_page(server, f"/run/{run}")
     page.wait_for_selector("#status [data-state='live']")
-    opacity = "() => Number(getComputedStyle(document.querySelector('#step-time canvas')).opacity)"
-    assert page.evaluate(opacity) == 1
+    opacity = "Number(getComputedStyle(document.querySelector('#step-time canvas')).opacity)"
+    page.wait_for_function(f"() => {opacity} === 1")
     with server.later(60):
         page.wait_for_selector("#status [data-state='stale']")
-        assert page.evaluate(opacity) < 1
-        assert "▲ 0 of 4 ranks" in text(page, "#status")
-        assert re.search(r"data 6\d s old", text(page, "#status"))
+        page.wait_for_function(f"() => {opacity} < 1")
+        says(page, "#status", "▲ 0 of 4 ranks")
+        page.wait_for_function("() => /data 6\\d s old/.test(document.querySelector('#status').innerText)")
     page.wait_for_selector("#status [data-state='live']")
 
 
@@ -233,7 +238,7 @@ def test_an_ended_run_is_called_ended(server: Server, open_page: Open, run: str)
         page = open_page(server, f"/run/{run}")
         page.wait_for_selector("#status [data-state='ended']")
         drawn(page, "step-time", 59)
-        assert "run ended · 4 ranks" in text(page, "#numbers")
+        says(page, "#numbers", "run ended · 4 ranks")
 
 
 def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open) -> None:
@@ -242,14 +247,14 @@ def test_missing_values_are_named_and_never_zero(server: Server, open_page: Open
     page = open_page(server, f"/run/{name}")
     page.wait_for_selector("#step-time .lens-message:has-text('no step has ended yet')")
     says(page, "#numbers", "Step time n/a no step has ended yet")
-    assert "Waiting for the first step." in text(page, "#verdict")
+    says(page, "#verdict", "Waiting for the first step.")
     bare = [{**record, "attrs": {}} for record in synthetic.steps(0, 20) if record.get("kind") == "step"]
     server.send(name, [record for record in bare if record["rank"] != 3])
     drawn(page, "step-time", 19)
-    assert "n/a" in text(page, "#loss .lens-message")
-    assert 'lens.log({"train.loss": …})' in text(page, "#loss .lens-message")
-    assert "lens.step(tokens=…)" in text(page, "#tokens .lens-message")
-    assert "▲ 3 of 4 ranks" in text(page, "#status")
+    says(page, "#loss .lens-message", "n/a")
+    says(page, "#loss .lens-message", 'lens.log({"train.loss": …})')
+    says(page, "#tokens .lens-message", "lens.step(tokens=…)")
+    says(page, "#status", "▲ 3 of 4 ranks")
 
 
 def test_where_no_loss_of_the_run_is_reported_that_of_its_ranks_is_shown(server: Server, open_page: Open) -> None:
@@ -263,7 +268,7 @@ def test_where_no_loss_of_the_run_is_reported_that_of_its_ranks_is_shown(server:
     server.send(name, [record for record in steps if record.get("metric") != "train.loss"] + own)
     page = open_page(server, f"/run/{name}")
     drawn(page, "loss", 19)
-    assert "train.loss.local, median rank: the run reports no train.loss" in text(page, "#loss")
+    says(page, "#loss", "train.loss.local, median rank: the run reports no train.loss")
     says(page, "#numbers", "at the first visible step")
 
 
@@ -275,7 +280,7 @@ def test_a_run_that_is_only_observed_says_so_where_steps_would_be(server: Server
     page.wait_for_selector("#step-time .lens-message:has-text('observed from outside: no phases')")
     says(page, "#numbers", "Step time n/a observed from outside: no phases")
     says(page, "#numbers", "Training loss n/a observed from outside: no phases")
-    assert "Observed from outside: no phases." in text(page, "#verdict")
+    says(page, "#verdict", "Observed from outside: no phases.")
     assert "no step has ended" not in text(page, "body")
 
 
@@ -325,7 +330,7 @@ def test_a_single_slow_step_stays_visible_when_steps_share_a_column(server: Serv
     server.send(name, records)
     page = open_page(server, f"/run/{name}/ranks")
     drawn(page, "rank-map", 3000)
-    assert "each column: the highest of 3 steps" in text(page, "#rank-map .lens-panel-legend")
+    says(page, "#rank-map .lens-panel-legend", "each column: the highest of 3 steps")
     press(page, "rank-map", "Table")
     page.wait_for_selector("#rank-map tbody tr")
     assert "1.04 s" in text(page, "#rank-map tbody tr:nth-child(2)") or "1.05 s" in text(
@@ -350,8 +355,7 @@ def test_the_page_goes_on_where_it_was_when_its_connection_was_cut(
     page = open_page(server, f"/run/{run}", script=note_sockets)
     drawn(page, "step-time", 59)
     page.wait_for_selector("#status [data-state='live']")
-    page.evaluate("() => window.sockets[0].close()")
-    page.wait_for_selector("#status [data-state='offline']")
+    page.evaluate(CUT_AND_SEEN)
     server.send(run, synthetic.steps(60, 70))
     drawn(page, "step-time", 69)
     page.wait_for_selector("#status [data-state='live']")
@@ -364,12 +368,13 @@ def test_an_empty_store_names_the_command_that_fills_it_and_the_server_stops_whi
     browser: Any,
 ) -> None:
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
     with Running(fake_store.create_app(fake_store.Clock())) as running:
         server = Server(running.url)
         page = context.new_page()
         page.goto(running.url)
         page.wait_for_selector("#runs-list code:text-is('lens demo')")
-        assert "lens run -- torchrun train.py" in text(page, "#runs-list")
+        says(page, "#runs-list", "lens run -- torchrun train.py")
         server.begin("moe")
         server.send("moe", synthetic.steps(0, 5))
         page.click("#runs-list a.lens-button")

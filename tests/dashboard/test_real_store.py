@@ -9,7 +9,7 @@ import pytest
 
 from tests.dashboard import synthetic
 from tests.dashboard.conftest import TOKEN, RealServer
-from tests.dashboard.reading import drawn, says, tabled, text
+from tests.dashboard.reading import drawn, says, tabled
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("dashboard")]
 
@@ -25,8 +25,8 @@ def test_a_run_is_drawn_and_judged_while_it_arrives(real: RealServer, open_page:
     for panel in ("step-time", "tokens", "loss"):
         drawn(page, panel, 139)
     page.wait_for_selector("#verdict[data-status='degraded']")
-    assert "Rank 2 (host1/gpu0)" in text(page, "#verdict h2")
-    assert "Compute" in text(page, "#ledger")
+    says(page, "#verdict h2", "Rank 2 (host1/gpu0)")
+    says(page, "#ledger", "Compute")
     page.keyboard.press("g")
     page.keyboard.press("r")
     page.select_option("#metric", "phase.duration:forward")
