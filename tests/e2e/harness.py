@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ class Family:
         owner = json.loads((self.data / "server.json").read_text())
         token = (self.data / "token").read_text().strip()
         request = urllib.request.Request(owner["url"] + path, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=100) as response:
             return json.load(response)
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
@@ -93,7 +94,8 @@ class Family:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         for pid in self.family():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself since
+                os.kill(pid, signal.SIGKILL)
 
 
 class Demo(Family):

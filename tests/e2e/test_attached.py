@@ -80,7 +80,8 @@ def test_a_slow_rank_of_a_training_that_ran_already_is_named_on_its_page(attache
     drawn(page, "expert-map", now)
     assert len(rows(page, "expert-map")) >= 2
     context.close()
-    assert {found["left"] for found in attached.lens("detach", "--all-ranks", launcher)["processes"]} == {True}
+    reply = attached.lens("detach", "--all-ranks", launcher, "--wait", "120")
+    assert [found["left"] for found in reply["processes"]] == [True, True]
     (attached.folder / "stop").touch()
     _, said = attached.process.communicate(timeout=100)
     assert attached.process.returncode == 0, said

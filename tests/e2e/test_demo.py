@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -48,12 +49,22 @@ def test_a_run_is_seen_live_and_ctrl_c_leaves_nothing(start_demo: Start) -> None
     assert (run["world_size"], run["ranks_reporting"], run["state"]) == (4, 4, "live")
     assert run["simulated"] is True
     name = run["run"]
-    loss = demo.get(f"/api/v1/runs/{name}/series?metric=train.loss&rank=0")["series"][0]
-    assert loss["mean"][-1] < loss["mean"][0]
-    power = demo.wait_for(
-        lambda: demo.get(f"/api/v1/runs/{name}/series?metric=hw.power&axis=time")["series"], "power of the cards"
-    )
-    assert {series["device"] for series in power} == {"host0/gpu0", "host0/gpu1", "host1/gpu0", "host1/gpu1"}
+
+    def losses() -> list[float]:
+        of_rank_0 = demo.get(f"/api/v1/runs/{name}/series?metric=train.loss&rank=0")["series"][0]
+        return of_rank_0["mean"] if of_rank_0["x"][-1] >= 30 else []
+
+    # Two agents send, each at its own time: a step is stored as soon as one host has told of it.
+    loss = demo.wait_for(losses, "the loss of step 30")
+    assert loss[-1] < loss[0]
+    cards = {"host0/gpu0", "host0/gpu1", "host1/gpu0", "host1/gpu1"}
+
+    def powered() -> set[str]:
+        found = demo.get(f"/api/v1/runs/{name}/series?metric=hw.power&axis=time")["series"]
+        return {series["device"] for series in found}
+
+    demo.wait_for(lambda: powered() >= cards, "power of the cards")
+    assert powered() == cards
     assert len(demo.family()) >= 8
     demo.process.send_signal(signal.SIGINT)
     demo.process.communicate(timeout=90)
@@ -105,25 +116,18 @@ def test_a_slow_device_is_named_with_its_cost(start_demo: Start) -> None:
 
 def test_a_server_that_stands_still_for_a_while_loses_and_doubles_nothing(start_demo: Start) -> None:
     demo = start_demo("--steps", "300", "--exit", "--json")
-    demo.wait_for_step(40)
-    tables_before = demo.get("/api/v1/runs")["runs"][0]
-    killed = [pid for pid, _ in demo.family().items() if is_server(pid)]
-    assert len(killed) == 1
+    run = demo.wait_for_step(5)
+    server = json.loads((demo.data / "server.json").read_text())["pid"]
     # Stopped and continued, a server is only slow: the agents keep and send again what was not answered.
-    os.kill(killed[0], signal.SIGSTOP)
+    os.kill(server, signal.SIGSTOP)
     time.sleep(3)
-    os.kill(killed[0], signal.SIGCONT)
+    os.kill(server, signal.SIGCONT)
     reply = demo.finish()
     tables = stored(demo.data, reply["run"])
-    assert tables_before["run"] == reply["run"]
+    assert run["run"] == reply["run"]
     for rank in range(4):
         steps = sorted(tables.steps["step"][tables.steps["rank"] == rank].tolist())
         assert steps == list(range(steps[0], steps[0] + 300))
-
-
-def is_server(pid: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return b"serve" in words and b"lens" in words
 
 
 def test_a_nan_is_traced_to_its_rank(start_demo: Start) -> None:
