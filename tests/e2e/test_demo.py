@@ -67,7 +67,7 @@ def test_a_run_is_seen_live_and_ctrl_c_leaves_nothing(start_demo: Start) -> None
     assert powered() == cards
     assert len(demo.family()) >= 8
     demo.process.send_signal(signal.SIGINT)
-    demo.process.communicate(timeout=90)
+    demo.process.communicate(timeout=200)
     assert demo.process.returncode == 130
     assert demo.family() == {}
     left = [*Path("/dev/shm").glob(f"lens-*/demo-{demo.process.pid}*"), *demo.scratch.rglob("*")]
@@ -78,7 +78,7 @@ def test_a_closed_terminal_leaves_nothing_either(start_demo: Start) -> None:
     demo = start_demo("--steps", "100000")
     demo.wait_for_step(1)
     demo.process.send_signal(signal.SIGHUP)
-    demo.process.communicate(timeout=90)
+    demo.process.communicate(timeout=200)
     assert demo.family() == {}
 
 

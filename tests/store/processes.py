@@ -27,10 +27,17 @@ sys.exit(serve(settings, port=int(sys.argv[2]), ready=lambda url: print(url, flu
 """
 
 
+PORTS = range(10_000, 65_000)
+
+
 def unasked_port() -> int:
-    """A free port that the kernel hands to nobody who does not name it: it can be bound again after its server's end."""
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    outside = [port for port in range(10_000, 65_000) if not first <= port <= last]
+    """A free port that the kernel hands to nobody who does not name it, where there is one: such a port can be bound
+    again after its server's end."""
+    try:
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except OSError:
+        first, last = 32_768, 60_999
+    outside = [port for port in PORTS if not first <= port <= last] or PORTS
     for port in random.sample(outside, len(outside)):
         with socket.socket() as probe:
             try:
