@@ -30,6 +30,7 @@ _READ_WRITE, _PRIVATE_ANONYMOUS = 3, 0x22
 _WORD = struct.Struct("<Q")
 _SYMBOLS: dict[tuple[object, ...], Mapping[str, int]] = {}
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run_line(pid: int, line: str, addresses: Addresses | None = None, patience_s
         raise ValueError(f"the line has {len(code)} bytes, {LINE_BYTES} are possible")
     places = addresses or locate(pid)
     began = time.monotonic()
-    with _ahead_of_others(), StoppedThread(pid, patience_s) as thread:
+    with _undisturbed(), _ahead_of_others(), StoppedThread(pid, patience_s) as thread:
         vectors = thread.read_set(machine.VECTOR_SET, machine.VECTOR_BYTES)
         integers = thread.read_set(machine.REGISTER_SET, machine.REGISTER_BYTES)
         try:
@@ -131,6 +132,16 @@ def _symbols(path: Path, names: Collection[str]) -> Mapping[str, int]:
     if identity not in _SYMBOLS:
         _SYMBOLS[identity] = elf.read(path, names).symbols
     return _SYMBOLS[identity]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Be told to end afterwards: a target whose registers are ours would crash without us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import time
 from signal import SIGTRAP
@@ -17,6 +18,7 @@ _EVENT_STOP = 128
 _ALL_THREADS = 0x40000000
 _MOST_SIGNALS = 100
 _LOOK_AGAIN_S = 20e-6
+_LONGEST_LOOK_S = 0.02
 _FORBIDDEN = (
     "the kernel does not let us trace it: something else does at this moment, or a seccomp filter or security module "
     "forbids it; in a container: --cap-add SYS_PTRACE --security-opt seccomp=unconfined"
@@ -44,7 +46,8 @@ class StoppedThread:
 
     Args:
         thread: its number.
-        patience_s: longest wait for each stop.
+        patience_s: longest wait until it stops at first, while this process itself runs. Later stops are waited for as
+            long as it lives: whoever gave up then would let it run on in a state that is not its own.
     """
 
     def __init__(self, thread: int, patience_s: float) -> None:
@@ -57,12 +60,12 @@ class StoppedThread:
         self._ask(_SEIZE)
         try:
             self._ask(_INTERRUPT)
-            signal, event = self._wait()
+            signal, event = self._wait(self._patience_s)
             while event != _EVENT_STOP:
                 if event == 0:
                     self._signals.append(signal)
                 self._ask(_CONTINUE)
-                signal, event = self._wait()
+                signal, event = self._wait(self._patience_s)
         except BaseException:
             self._detach()
             raise
@@ -126,17 +129,20 @@ class StoppedThread:
                 raise TraceError(_FORBIDDEN)
             raise TraceError(f"the kernel refused (ptrace {request:#x}: {os.strerror(number)})")
 
-    def _wait(self) -> tuple[int, int]:
+    def _wait(self, patience_s: float = math.inf) -> tuple[int, int]:
         """The signal and event of the next stop."""
-        end = time.monotonic() + self._patience_s
+        waited, last = 0.0, time.monotonic()
         while True:
             found, status = os.waitpid(self._thread, os.WNOHANG | _ALL_THREADS)
             if found:
                 if os.WIFSTOPPED(status):
                     return (status >> 8) & 0xFF, status >> 16
                 raise TraceError("the target ended")
-            if time.monotonic() > end:
-                raise TraceError(f"the target did not stop within {self._patience_s:g} s")
+            now = time.monotonic()
+            # While the machine let us stand, it may have let the target stand too: that is no waiting for a stop.
+            waited, last = waited + min(now - last, _LONGEST_LOOK_S), now
+            if waited > patience_s:
+                raise TraceError(f"the target did not stop within {patience_s:g} s")
             time.sleep(_LOOK_AGAIN_S)
 
     def _detach(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lens.attach import frames, inject
+from lens.attach import frames, inject, ptrace
 from lens.attach.facts import look
 from lens.attach.preflight import OLDEST, judge
 from tests.waiting import wait_for
@@ -111,4 +114,41 @@ def test_signals_sent_meanwhile_arrive_afterwards(tmp_path: Path) -> None:
             inject.run_line(child.pid, "pass", patience_s=PATIENCE_S)
             count = tmp_path / "count"
             wait_for(lambda number=number, count=count: count.exists() and count.read_text() == str(number))
+        assert child.poll() is None
+
+
+def test_time_for_which_the_machine_let_us_stand_is_no_waiting_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, wait = itertools.count(), os.waitpid
+    clock = SimpleNamespace(monotonic=itertools.count(0, 5).__next__, sleep=lambda _: None)
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        return (0, 0) if next(looks) < 10 else wait(pid, options & ~os.WNOHANG)
+
+    with running(sys.executable, ALLOCATING) as child, monkeypatch.context() as patch:
+        patch.setattr(ptrace, "time", clock)  # five seconds pass between two looks
+        patch.setattr(os, "waitpid", late)
+        with ptrace.StoppedThread(child.pid, 1.0) as thread:
+            assert thread.registers()
+        looks = itertools.count(-1_000)  # one that does not stop at all
+        with pytest.raises(ptrace.TraceError, match="did not stop within 1 s"):
+            ptrace.StoppedThread(child.pid, 1.0).__enter__()
+
+
+def test_a_target_that_is_not_let_run_in_the_middle_of_the_call_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looks, wait = itertools.count(-1), os.waitpid
+    clock = SimpleNamespace(monotonic=itertools.count(0, 5).__next__, sleep=lambda _: None)
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        # It stops at once; of what comes then nothing is seen a thousand times.
+        return (0, 0) if next(looks) % 1_000 else wait(pid, options & ~os.WNOHANG)
+
+    with running(sys.executable, ALLOCATING) as child:
+        next(looks)
+        with monkeypatch.context() as patch:
+            patch.setattr(ptrace, "time", clock)
+            patch.setattr(os, "waitpid", late)
+            inject.run_line(child.pid, f"open({str(tmp_path / 'here')!r}, 'w').close()")
+        wait_for((tmp_path / "here").exists)
         assert child.poll() is None
