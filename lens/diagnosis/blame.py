@@ -117,7 +117,8 @@ def left_early(still: Standstill) -> Hang | None:
 def _hang(
     still: Standstill, cause: str, ranks: Iterable[int], absent: Mapping[int, set[int]], how: str | None = None
 ) -> Hang:
-    """Put the answer together: the collective told of is the first in which somebody waits for these ranks."""
+    """Put the answer together: the collective told of is the one in which the fewest others are missing beside these ranks
+    (who is held up on the way to it waits there for them already), and the first of several such."""
     blamed = set(ranks)
     victims = {rank: w for rank, w in still.waiting.items() if rank not in blamed}
     own = {w.group for rank, w in still.waiting.items() if rank in blamed}
@@ -127,7 +128,7 @@ def _hang(
         or [w for rank, w in still.waiting.items() if rank in blamed]
         or list(victims.values())
     )
-    first = min(pointing, key=lambda w: (w.t0_ns, w.rank), default=None)
+    first = min(pointing, key=lambda w: (len(absent.get(w.rank, set()) - blamed), w.t0_ns, w.rank), default=None)
     lead = min(blamed, default=None)
     reached = None if first is None or lead is None else still.calls.reached().get((lead, first.group))
     return Hang(

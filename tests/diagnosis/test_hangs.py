@@ -56,6 +56,14 @@ def test_a_hang_is_followed_through_groups_to_the_rank_nobody_waits_behind() -> 
     assert first(reply) == ("rank_stuck", [1])
 
 
+def test_the_call_told_of_is_the_one_in_which_nobody_else_is_missing() -> None:
+    waiting: dict[int, dict[str, Any]] = {r: {"seq": 900, "group": "world/0"} for r in (0, 1)}
+    waiting[2] = {"seq": 70, "group": "ep/1", "op": "all_to_all"}
+    reply = judged(*hanging(9, {**WAITING, 3: "running"}, waiting))
+    assert first(reply) == ("rank_stuck", [3])
+    assert "Rank 2 waits in all_to_all 70 of ep/1, ranks 0, 1 behind it" in told(reply)
+
+
 def test_a_rank_that_calls_something_else_is_a_mismatch() -> None:
     waiting = {r: {"seq": 900, "group": "world/0"} for r in range(4)}
     waiting[2] = {"seq": 900, "group": "world/0", "op": "broadcast"}
