@@ -19,6 +19,7 @@ import argparse
 import bisect
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -97,7 +98,7 @@ class Endurance(Stage):
         super().__init__(folder)
         self.kept: set[tuple[int, int]] = set()
         """(rank, step) that the store holds at the end."""
-        self.drops: dict[str, int] = {}
+        self.drops: dict[str, int | None] = {}
         """What the API says of it then: see `Query.run`."""
         self.collectives = 0
         """Slots of collectives that the store holds then."""
@@ -130,7 +131,7 @@ class Endurance(Stage):
         return Outcome(
             recorded=len(recorded), stored=sum(found.values()), lost=len(recorded - self.kept),
             doubled=sum(found.values()) - len(found), wrong=len(self.kept - recorded), waiting=waiting,
-            counted=sum(self.drops.values()), damaged=total(tables, "lens.spool.corrupt"),
+            counted=sum(count or 0 for count in self.drops.values()), damaged=total(tables, "lens.spool.corrupt"),
         )  # fmt: skip
 
     def read(self, rank: int) -> Times:
@@ -414,9 +415,9 @@ def slower(found: dict[str, Any]) -> float:
 
 
 def counted_of_missing(found: dict[str, Any]) -> float:
-    """Slots that the store says it lacks, over those that it does lack; 0 where it lacks none."""
+    """Slots that the store says it lacks, over those that it does lack; not a number where it lacks none."""
     missing = sum(found["missing_slots"].values())
-    return sum(found["drops"].values()) / missing if missing else 0.0
+    return sum(count or 0 for count in found["drops"].values()) / missing if missing else math.nan
 
 
 def agree(found: dict[str, Any]) -> bool:

@@ -94,7 +94,7 @@ class Query:
         """One run: its summary and ranks, groups, experts, config, data_versions, device_hour_price, metrics, drops.
 
         Of drops, lost_slots were overwritten in a ring before an agent read them, given_up left a full or damaged spool
-        before the store had them, and rejected are records that the store could not take.
+        before the store had them (None: no agent has said), and rejected are records that the store could not take.
         """
         known = self._settled(run)
         progress = self._folder.registry.progress(known.number)
@@ -106,10 +106,15 @@ class Query:
             "metrics": self._metrics(known),
             "drops": {
                 "lost_slots": progress.lost_slots,
-                "given_up": round(sum(found["value"] for found in self.latest(run, _GIVEN_UP))),
+                "given_up": self._given_up(run),
                 "rejected": progress.rejected,
             },
         }
+
+    def _given_up(self, run: str) -> int | None:
+        # A counter of each agent. Anybody can send a sample of its name, also one that is no number.
+        told = [found["value"] for found in self.latest(run, _GIVEN_UP) if isinstance(found["value"], float)]
+        return round(sum(told)) if told else None
 
     def now(self, run: str) -> dict[str, Any]:
         """The run's summary and what each rank is doing; see `now.now_of`. A busy database is not waited for long:

@@ -399,9 +399,10 @@ def test_up_to_a_step_means_what_could_be_known_by_its_end(folder: DataFolder, q
 def test_a_run_says_how_far_it_is_and_who_reports(folder: DataFolder, query: Query, run: str) -> None:
     send(folder, run, [step_span(rank, step) for rank in (0, 1) for step in range(5)])
     send(folder, run, [step_span(0, 5, t1_ns=None), {"type": "nonsense"}])
+    assert query.run(run)["drops"] == {"lost_slots": 0, "given_up": None, "rejected": 1}
     given_up = {"type": "sample", "metric": "lens.collector.dropped"}
     send(folder, run, [{**given_up, "host": host, "t_ns": START + t, "value": value} for host, t, value in
-                       (("a", 1, 3), ("a", 2, 7), ("b", 1, 5))])  # fmt: skip
+                       (("a", 1, 3), ("a", 2, 7), ("b", 1, 5), ("c", 1, "NaN"))])  # fmt: skip
     (summary,) = query.runs()
     assert (summary["run"], summary["world_size"], summary["last_step"]) == ("r", 3, 4)
     assert (summary["ranks_reporting"], summary["state"], summary["started_ns"]) == (2, "live", START)
