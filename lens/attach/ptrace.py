@@ -19,6 +19,8 @@ _ALL_THREADS = 0x40000000
 _MOST_SIGNALS = 100
 _LOOK_AGAIN_S = 20e-6
 _LONGEST_LOOK_S = 0.02
+_SOON_S = 1.0
+"""Who has not stopped by then is not let run, and is looked at less often: we may run before all others."""
 _FORBIDDEN = (
     "the kernel does not let us trace it: something else does at this moment, or a seccomp filter or security module "
     "forbids it; in a container: --cap-add SYS_PTRACE --security-opt seccomp=unconfined"
@@ -143,7 +145,7 @@ class StoppedThread:
             waited, last = waited + min(now - last, _LONGEST_LOOK_S), now
             if waited > patience_s:
                 raise TraceError(f"the target did not stop within {patience_s:g} s")
-            time.sleep(_LOOK_AGAIN_S)
+            time.sleep(_LOOK_AGAIN_S if waited < _SOON_S else _LONGEST_LOOK_S)
 
     def _detach(self) -> None:
         first, rest = (self._signals[0], self._signals[1:]) if self._signals else (0, [])
