@@ -149,8 +149,9 @@ class Recorder:
         self.mask = count - 1
         slots_at = 2 * PAGE + STRING_BYTES
         self.first_word = slots_at // 8
-        self.first_byte = slots_at
         """Index in `words` of the first slot; the slot of sequence s begins 16 * (s - 1 & mask) words behind it."""
+        self.first_byte = slots_at
+        """The same in bytes, for `pack_slot`."""
         self._size = slots_at + count * SLOT_BYTES
         self._map = allocate(path, self._size)
         self._view()

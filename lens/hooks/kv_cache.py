@@ -39,15 +39,15 @@ class Room(NamedTuple):
     """Positions or blocks in use: a number, or a tensor of one number."""
     capacity: list[int]
     """Positions or blocks that there are."""
-    bytes: list[int]
-    """What each takes when full, or any other weight."""
+    weight: list[int]
+    """What each counts for: the bytes that it takes when full."""
 
     def usage(self, kept: Sequence[float]) -> float:
-        """Of the capacity in bytes, 0 to 1, where so much is in use: a sliding window that has run over is full."""
+        """Of the whole capacity, 0 to 1, where so much is in use: a sliding window that has run over is full."""
         used = (
-            size * min(1.0, now / most) for now, most, size in zip(kept, self.capacity, self.bytes, strict=True)
+            size * min(1.0, now / most) for now, most, size in zip(kept, self.capacity, self.weight, strict=True)
         )
-        return sum(used) / sum(self.bytes)
+        return sum(used) / sum(self.weight)
 
 
 def room(cache: Any) -> Room | None:
@@ -64,10 +64,11 @@ def room(cache: Any) -> Room | None:
         return Room([blocks - int(free())], [blocks], [1])
     parts = [part for name in _PARTS if (part := getattr(cache, name, None)) is not None] or [cache]
     layers = [layer for part in parts for layer in getattr(part, "layers", None) or () if _layer_bytes(layer)]
-    capacity = [getattr(layer, "max_cache_len", None) for layer in layers]
-    if not layers or not all(isinstance(most, int) and most > 0 for most in capacity):
+    told = (getattr(layer, "max_cache_len", None) for layer in layers)
+    capacity = [most for most in told if isinstance(most, int) and most > 0]
+    if not layers or len(capacity) < len(layers):
         return None
-    return Room([layer.get_seq_length() for layer in layers], capacity, [*map(_layer_bytes, layers)])  # type: ignore[arg-type]
+    return Room([layer.get_seq_length() for layer in layers], capacity, [*map(_layer_bytes, layers)])
 
 
 def _layer_bytes(layer: Any) -> int:

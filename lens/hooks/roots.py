@@ -77,7 +77,8 @@ class RootSearch:
 def _has_compiled() -> bool:
     """Whether torch.compile has made graphs in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters.get("stats"))
+    # Another thread may be importing it at this moment.
+    return bool(getattr(dynamo, "counters", {}).get("stats"))
 
 
 def watch_every_optimizer(
