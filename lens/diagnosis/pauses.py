@@ -25,6 +25,8 @@ CAUSES = {
 }
 
 FEWEST_PAUSES = 3
+AS_LONG = 0.3
+"""Of the longest: what takes less is no pause like it."""
 GROWN = 3.0
 """Collections that all ranks make alike are planned; they count once they grew by this factor."""
 QUIET_PAUSES = 2.5
@@ -146,7 +148,7 @@ class Pauses:
         ratio = self.run.cost_ratio(after, extra, before=steps[:onset])
         if ratio is None or ratio - 1 < policy.WORTH_KEEPING:
             return None
-        pauses = spent[onset:, rows][spent[onset:, rows] >= 0.3 * lead.pause]
+        pauses = spent[onset:, rows][spent[onset:, rows] >= AS_LONG * lead.pause]
         now = float(spent[onset:, rows].mean())
         before = float(np.mean([e.before for e in together]))
         said = kind.said.format(now=notices.short(now), each=notices.short(float(pauses.mean())))
@@ -158,18 +160,18 @@ class Pauses:
 
     def _episode(self, kind: Kind, spent: Floats, row: int, unit: float) -> _Episode | None:
         """Since when a rank loses more, and whether that is its own; None when not."""
-        paused = np.flatnonzero(spent[:, row] >= 0.3 * spent[:, row].max())
+        paused = np.flatnonzero(spent[:, row] >= AS_LONG * spent[:, row].max())
         if len(paused) < FEWEST_PAUSES:
             return None
         # Pauses come one by one: the newest of them alone is always far above all steps before it.
         onset, before, now = notices.begins(spent[:, row], latest=int(paused[-FEWEST_PAUSES]))
-        often = (spent[onset:, row] >= 0.3 * spent[onset:, row].max()).mean()
+        often = (spent[onset:, row] >= AS_LONG * spent[onset:, row].max()).mean()
         # Before a pause that was due anyway there is none either: the time without must be too long for chance.
         standing = onset * often < QUIET_PAUSES or before > now / GROWN
         if standing:
             onset, before, now = 0, 0.0, float(spent[:, row].mean())
         part = spent[onset:, row]
-        if (part >= 0.3 * part.max()).sum() < FEWEST_PAUSES:
+        if (part >= AS_LONG * part.max()).sum() < FEWEST_PAUSES:
             return None
         others = np.delete(spent[onset:], row, axis=1).mean(axis=0)
         shared = float(np.median(others)) if len(others) else 0.0
