@@ -107,14 +107,17 @@ def of_exits(
     one out. Of two ranks, the one that waits less for data is the one whose way out is slow.
     """
     hints = np.zeros(len(places.places))
+    if not (np.isin(transfers.stream_of, streams) & frame.collectives.complete).any():
+        # Large runs send their transfers already reduced: who left when is not known.
+        return hints
     shift = _shift(frame, transfers, before, after)
     odd = np.zeros(frame.shape[1])
     for stream in streams.tolist():
         # Each by itself: ranks take part in different ones, and their sums do not compare.
-        own, gain = shift[transfers.member_stream == stream], float(gain_s[stream])
+        here = slice(*np.searchsorted(transfers.member_stream, [stream, stream + 1]))
+        own, members, gain = shift[here], transfers.member_row[here], float(gain_s[stream])
         if not gain > 0 or not np.isfinite(own).all() or transfers.streams[stream].op == "recv":
             continue
-        members = transfers.member_row[transfers.member_stream == stream]
         if len(members) == 2:
             odd[members] += np.where(own < own.mean() - 0.1 * gain, 0.5, 0.0)
         else:
@@ -161,7 +164,8 @@ def _shift(frame: Frame, transfers: Transfers, before: Ints, after: Ints) -> Flo
     known, member_at = np.unique(members, return_inverse=True)
     rows = np.flatnonzero((transfers.stream_of >= 0) & frame.collectives.complete)
     cell = transfers.stream_of[rows] * ranks + frame.collectives.row[rows]
-    rows, cell = rows[np.isin(cell, known)], np.searchsorted(known, cell[np.isin(cell, known)])
+    member = np.isin(cell, known)
+    rows, cell = rows[member], np.searchsorted(known, cell[member])
     step, means = frame.collectives.step[rows], []
     for steps in (before, after):
         inside: Array = np.isin(step, steps)
