@@ -188,8 +188,8 @@ def _calm(noise: str, steps: int, run: dict[str, Any], tables: Tables) -> Calm:
     """The findings that a reply up to any step of a healthy run would have held."""
     from lens.diagnosis import diagnose
     from lens.diagnosis.examine import Examiner
+    from lens.diagnosis.grids import grid
     from lens.diagnosis.judge import CAUSES, Judge
-    from lens.diagnosis.notices import grid
     from lens.diagnosis.select import Timeline
     from lens.diagnosis.topology import Topology
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lens.diagnosis import (
@@ -12,7 +12,6 @@ from lens.diagnosis import (
     hangs,
     link_report,
     notice_report,
-    notices,
     numerics,
     policy,
     queues,
@@ -20,6 +19,7 @@ from lens.diagnosis import (
     requests,
     told_once,
 )
+from lens.diagnosis.dating import by_attempt, date
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
 from lens.diagnosis.judge import Judge
@@ -28,10 +28,6 @@ from lens.diagnosis.select import Timeline, through
 from lens.diagnosis.topology import Topology, reporting_ranks
 from lens.tables import Tables
 
-Key = tuple[str, tuple[int, ...]]
-
-END_CAUSES = {"rank_dead", "out_of_memory", "dataloader_worker_death"}
-FATAL_CAUSES = END_CAUSES | {"nan_origin", "rank_stuck", "collective_mismatch"}
 WANTED_METRICS = (
     "gpu.clock.sm", "gpu.throttle.reasons", "hw.temperature", "hw.power", "process.cpu.run_delay",
     "process.cpu.time", "train.loss.local", "train.grad_norm.local",
@@ -58,7 +54,7 @@ def diagnose(run: Mapping[str, Any], tables: Tables, upto_step: int | None = Non
     found += [link_report.of_link(examiner, link) for link in judge.links(index)]
     found = [[attribution.attributed(examiner, item, index) for item in rivals] for rivals in found]
     hypotheses = report.ordered(_fatal(examiner, index) + told_once.told_once(examiner, found, index))
-    _date(judge, hypotheses, index)
+    date(judge, hypotheses, index)
     last = int(timeline.steps[-1]) if len(timeline) else None
     reached = upto_step if last is None else last if upto_step is None else min(upto_step, last)
     return {
@@ -74,7 +70,7 @@ def _fatal(examiner: Examiner, index: int) -> list[list[Hypothesis]]:
     """What ended or stopped the run."""
     ended = exits.ends(examiner.tables, examiner.timeline, index)
     hang = hangs.find(examiner.tables, examiner.topology, examiner.frame.duration, ended)
-    found = [_end(examiner, end, victims, hang is not None) for end, victims in _by_attempt(ended)]
+    found = [_end(examiner, end, victims, hang is not None) for end, victims in by_attempt(ended)]
     known_dead = {end.rank for end in ended}
     if hang is not None and not (hang.cause == "rank_dead" and set(hang.ranks) & known_dead):
         found.append(hang_report.of_hang(examiner, hang))
@@ -94,80 +90,6 @@ def _end(examiner: Examiner, end: End, victims: list[End], hung: bool) -> list[H
     if parted is None:
         return told
     return [*hang_report.of_hang(examiner, parted), {**told[0], "confidence": round(1 - told[0]["confidence"], 3)}]
-
-
-def _by_attempt(ended: list[End]) -> Iterable[tuple[End, list[End]]]:
-    """The cause of each failure with its victims: before a restart, and at the end of the run."""
-    for restarted in (True, False):
-        group = [end for end in ended if end.restarted == restarted]
-        if group:
-            cause = exits.cause_first(group)
-            yield cause[0], cause[1:]
-
-
-def _date(judge: Judge, hypotheses: list[Hypothesis], index: int) -> None:
-    """Fill in when each hypothesis would first have been in a reply."""
-    examiner = judge.run
-    waiting: dict[Key, list[Hypothesis]] = {}
-    for item in hypotheses:
-        waiting.setdefault((item["cause"], tuple(item["ranks"])), []).append(item)
-    for place in _places(examiner, index, {item["cause"] for item in hypotheses}):
-        if not waiting:
-            return
-        held = _held_at(judge, place, set(waiting))
-        for key in set(held) & set(waiting):
-            for item in waiting.pop(key):
-                item["detected_step"] = int(examiner.timeline.steps[place])
-                begun = held[key]
-                if (
-                    begun is not None
-                    and item["onset_step"] is not None
-                    and item["onset_step"] > item["detected_step"]
-                ):
-                    # All records together may date the beginning anew, but not after it was seen.
-                    item["onset_step"] = int(examiner.timeline.steps[begun])
-    # Seen only with every record: from the first step on at which every record is visible.
-    for items in waiting.values():
-        for item in items:
-            if len(examiner.timeline):
-                item["detected_step"] = int(examiner.timeline.steps[examiner.timeline.complete_from])
-
-
-def _places(examiner: Examiner, index: int, causes: set[str]) -> Iterable[int]:
-    """The places at which a reply can first hold one of these, ascending, all below the first complete one."""
-    limit = examiner.timeline.complete_from
-    candidates: set[int] = set()
-    raised = examiner.first_raised()
-    if raised is not None and causes - FATAL_CAUSES:
-        candidates |= set(range(raised, limit))
-    candidates |= set(range(policy.GRID_STEPS - 1, limit, policy.GRID_STEPS))
-    candidates |= set(notices.grid(limit).tolist())
-    ended = exits.ends(examiner.tables, examiner.timeline, index)
-    origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, index)
-    marks = [end.visible for end in ended] + ([origin.visible] if origin else [])
-    if marks:
-        candidates |= set(range(min(marks), limit))
-    return sorted(candidates)
-
-
-def _held_at(judge: Judge, place: int, wanted: set[Key]) -> dict[Key, int | None]:
-    """Which of the wanted hypotheses (and perhaps others) the reply up to this place holds, with the place of the onset that
-    it gives; None where that cannot change."""
-    examiner = judge.run
-    causes = {cause for cause, _ in wanted}
-    held: dict[Key, int | None] = {}
-    if causes - FATAL_CAUSES:
-        ranks = examiner.topology.ranks
-        named = judge.onsets(place).items()
-        held |= {(cause, tuple(ranks[list(rows)].tolist())): onset for (cause, rows), onset in named}
-    if "nan_origin" in causes:
-        origin = numerics.origin(examiner.tables, examiner.timeline, examiner.topology, place)
-        if origin is not None:
-            held["nan_origin", tuple(int(examiner.topology.ranks[row]) for row in origin.rows)] = None
-    if causes & END_CAUSES:
-        for end, victims in _by_attempt(exits.ends(examiner.tables, examiner.timeline, place)):
-            held[report.of_end(examiner, end, victims, False)[0]["cause"], (end.rank,)] = None
-    return held
 
 
 def _status(examiner: Examiner, hypotheses: list[Hypothesis], index: int) -> str:

@@ -17,13 +17,15 @@ from lens.diagnosis import changes, measures, peers, policy, replay, several, si
 from lens.diagnosis.arrays import Array, Floats, Ints, finite_mean, mean, median
 from lens.diagnosis.changes import Change
 from lens.diagnosis.decompose import Frame
+from lens.diagnosis.findings import LOADING, Finding, Verdict, Weighed, listed
+from lens.diagnosis.grids import STANDING, on_grid
+from lens.diagnosis.kept import Kept
 from lens.diagnosis.network import OWN_SHARE, LinkVerdict, Network
 from lens.diagnosis.parts import WITHIN, parts_of_step, parts_within
 from lens.diagnosis.routing import ExpertLoad
 from lens.diagnosis.scenes import Measure, Scene
 from lens.diagnosis.segments import NOW_AND_THEN, Where
 from lens.diagnosis.select import Timeline
-from lens.diagnosis.several import Hidden
 from lens.diagnosis.signals import Signals
 from lens.diagnosis.signatures import Explained, confirmed
 from lens.diagnosis.topology import Topology
@@ -32,59 +34,11 @@ from lens.tables import Tables
 
 PROPORTIONAL = {"compute", *(part for part, whole in WITHIN.items() if whole == "compute")}
 """Parts of the step that peers share as factors: longer sequences slow all of them by the same share."""
-LOADING = {"data", "h2d"}
-"""Parts that come before the computing of a step."""
+STANDING_PARTS = ("compute", "data", "h2d")
+"""Parts in which a rank may have been slower since the first step."""
 SAME_ONSET_STEPS = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Ranks (places) whose self time in a part of the step is too high, from a step on.
-
-    last: over since then. noise: the share of a step that noise alone could have reached. second: the same ranks have a
-    costlier one at that time. whole: they are a set that is compared with what lies outside.
-    """
-
-    feature: str
-    rows: tuple[int, ...]
-    onset: int
-    last: int | None
-    upto: int
-    noise: float
-    standing: bool = False
-    second: bool = False
-    whole: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """A finding with what it costs and how its explanations weigh.
-
-    extra: seconds too long by rank [after, ranks]. share: of a usual step. sure: probability that the excess is
-    real and sits in these ranks. ratio: step time over what it would be without. where: the stretches of the step in which
-    it lies, None where that is not known. hidden: behind what it hides.
-    """
-
-    finding: Finding
-    explained: list[Explained]
-    measures: Mapping[str, Measure]
-    after: Ints
-    extra: Floats
-    share: float
-    sure: float
-    ratio: float | None
-    where: Where | None
-    hidden: Hidden | None = None
-
-    @property
-    def at_begin(self) -> bool:
-        """Whether the excess lies before the step's first collective."""
-        return self.finding.feature in LOADING
-
-    @property
-    def listed(self) -> list[Explained]:
-        """The best explanation and the rivals worth listing."""
-        return [e for place, e in enumerate(self.explained) if place == 0 or e.probability >= policy.RIVAL_SHARE]
+MOST_LASTING = 16
+"""So many findings are kept weighed and priced: what is asked of one step place is asked of it again at once."""
 
 
 @dataclass
@@ -102,7 +56,12 @@ class Examiner:
     found: dict[str, list[Change]]
     network: Network
     wholes: list[Whole]
-    _verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
+    _verdicts: Kept[int, list[Verdict]] = field(default_factory=Kept)
+    _lasting: Kept[Finding, Weighed | None] = field(default_factory=lambda: Kept(MOST_LASTING))
+    _over: dict[Finding, Weighed | None] = field(default_factory=dict)
+    _priced: Kept[Finding, Verdict] = field(default_factory=lambda: Kept(MOST_LASTING))
+    _standing_at: Kept[int, list[Finding]] = field(default_factory=Kept)
+    _shares: dict[tuple[str, Change], float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tables: Tables, timeline: Timeline, topology: Topology) -> Examiner:
@@ -152,12 +111,13 @@ class Examiner:
 
     def verdicts(self, index: int) -> list[Verdict]:
         """Slow ranks as judged by the records visible at a step place, costliest first."""
-        if index not in self._verdicts:
-            changed = self._with_wholes(self._judged(self._changed(index)), index)
-            taken = {row for v in changed if not v.finding.second for row in v.finding.rows}
-            judged = several.settled(self, changed + self._judged(self._standing(index, taken)))
-            self._verdicts[index] = sorted(judged, key=lambda v: (-v.share, v.finding.rows))
-        return self._verdicts[index]
+        return self._verdicts.get(index, self._verdicts_at)
+
+    def _verdicts_at(self, index: int) -> list[Verdict]:
+        changed = self._with_wholes(self._judged(self._changed(index)), index)
+        taken = {row for v in changed if not v.finding.second for row in v.finding.rows}
+        judged = several.settled(self, changed + self._judged(self._standing(index, taken)))
+        return sorted(judged, key=lambda v: (-v.share, v.finding.rows))
 
     def _judged(self, findings: list[Finding]) -> list[Verdict]:
         return [verdict for finding in findings if (verdict := self._judge(finding)) is not None]
@@ -245,6 +205,15 @@ class Examiner:
         return before is not None and after is not None and after > 1.1 * before
 
     def _mean_share(self, feature: str, change: Change, index: int) -> float:
+        """Mean excess of a change as known at a place, as a share of a usual step."""
+        if change.last is None:
+            return self._share_of(feature, change, index)
+        # What is over stays as it is.
+        if (feature, change) not in self._shares:
+            self._shares[feature, change] = self._share_of(feature, change, index)
+        return self._shares[feature, change]
+
+    def _share_of(self, feature: str, change: Change, index: int) -> float:
         before = self._before(feature, change.row, change.onset)
         after = np.arange(change.onset, (index if change.last is None else change.last) + 1)
         extra = self._extra(feature, before, after)[:, change.row]
@@ -277,31 +246,66 @@ class Examiner:
         return float(np.median(known)) if len(known) else float("nan")
 
     def _standing(self, index: int, taken: set[int]) -> list[Finding]:
-        """Ranks that were slower than their like since the first step, judged at every policy.GRID_STEPS steps."""
-        at = (index + 1) // policy.GRID_STEPS * policy.GRID_STEPS - 1
+        """Ranks that were slower than their like since the first step, judged on the grid of such."""
+        at = on_grid(index, STANDING)
+        return [finding for finding in self.stands(at) if finding.rows[0] not in taken]
+
+    def stands(self, at: int) -> list[Finding]:
+        """Ranks that were slower than their like since the first step, by the steps up to a place."""
+        return self._standing_at.get(at, self._stands)
+
+    def _stands(self, at: int) -> list[Finding]:
         steps = np.arange(policy.WARM_UP_STEPS, at + 1)
         if len(steps) < policy.STANDING_STEPS_CONFIRMED:
             return []
         long_enough = len(steps) >= policy.STANDING_STEPS
         findings = []
-        for feature in ("compute", "data", "h2d"):
+        for feature in STANDING_PARTS:
             values = self.features.get(feature)
             if values is None:
                 continue
             for rank in peers.standing(values, self.usual_seconds(steps), self.topology, steps):
-                if rank.row in taken:
-                    continue
                 finding = Finding(feature, (rank.row,), int(steps[0]), None, at, rank.noise, standing=True)
-                verdict = self._judge(finding)
-                if verdict is None:
+                weighed = self._weighed(finding)
+                if weighed is None:
                     continue
                 alone = long_enough and not rank.few and rank.effect >= policy.STANDING_EFFECT
-                if confirmed(verdict.explained[0]) or alone:
+                if confirmed(weighed.explained[0]) or alone:
                     findings.append(finding)
         return findings
 
     def _judge(self, finding: Finding) -> Verdict | None:
         """Measure and weigh a finding; None when it costs too little, or is too uncertain, to be named."""
+        if finding.upto > self.named_until(finding):
+            return None
+        return replace(self._priced.get(finding.alone, self._price), finding=finding)
+
+    def causes_of(self, finding: Finding) -> set[str]:
+        """The causes that a finding is listed with; none where it need not be named."""
+        weighed = self._weighed(finding.alone)
+        if weighed is None or finding.upto > self.named_until(finding):
+            return set()
+        return {explained.cause for explained in listed(weighed.explained)}
+
+    def named_until(self, finding: Finding) -> float:
+        """The last place at which a finding is worth naming, should it be as it is now; -1 where it is not at all."""
+        weighed = self._weighed(finding.alone)
+        if weighed is None or (finding.last is not None and len(weighed.after) < policy.SHORTEST_ENDED_STEPS):
+            return -1
+        if finding.last is None:
+            return np.inf
+        needed = policy.WORTH_KEEPING if confirmed(weighed.explained[0]) else policy.UNCONFIRMED_COST
+        return weighed.share * len(weighed.after) / needed - 1
+
+    def _weighed(self, finding: Finding) -> Weighed | None:
+        if finding.last is None:
+            return self._lasting.get(finding, self._weigh)
+        if finding not in self._over:
+            self._over[finding] = self._weigh(finding)
+        return self._over[finding]
+
+    def _weigh(self, finding: Finding) -> Weighed | None:
+        """Measure a finding; None when it is too small, or too uncertain, to be named."""
         end = finding.upto if finding.last is None else finding.last
         after = np.arange(finding.onset, end + 1)
         before = after[:0] if finding.standing else self._before(finding.feature, finding.rows[0], finding.onset)
@@ -310,7 +314,7 @@ class Examiner:
         if not np.isfinite(own).any() or not np.isfinite(unit) or unit <= 0:
             return None
         share = float(np.nanmean(np.clip(own / unit, -1, 2)))
-        if share < policy.WORTH_KEEPING:
+        if share < max(policy.WORTH_KEEPING, signatures.LOWEST_BAR * finding.noise):
             return None
         seconds = float(np.nanmean(np.clip(own, -unit, 4 * unit)))
         step_s = self.usual_seconds(after)
@@ -324,15 +328,20 @@ class Examiner:
             return None
         if share < self._bar(explained[0], taken) * finding.noise:
             return None
-        if not self._worth_naming(finding, explained[0], share, len(after)):
-            return None
-        noise = float(np.nanstd(np.clip(own / unit, -1, 2))) / np.sqrt(len(after))
+        return Weighed(before, after, own, unit, share, explained, taken)
+
+    def _price(self, finding: Finding) -> Verdict:
+        """What a weighed finding costs."""
+        weighed = self._weighed(finding)
+        assert weighed is not None
+        before, after, own, share = weighed.before, weighed.after, weighed.own, weighed.share
+        noise = float(np.nanstd(np.clip(own / weighed.unit, -1, 2))) / np.sqrt(len(after))
         sure = 1 - 0.5 * float(np.exp(-share / max(2 * noise, 0.02)))
         extra = self._extra_of(finding, after, own)
         at_begin = finding.feature in LOADING
         where = None if at_begin or finding.standing else Where.of(self.frame, before, after, extra)
         ratio = self.cost_of(after, extra, at_begin, where)
-        return Verdict(finding, explained, taken, after, extra, share, sure, ratio, where)
+        return Verdict(finding, weighed.explained, weighed.measures, after, extra, share, sure, ratio, where)
 
     def _excess_of(self, finding: Finding, before: Ints, after: Ints) -> tuple[Floats, float]:
         """Seconds too long of the finding's ranks [after, rows], and what they should take on average."""
@@ -365,14 +374,6 @@ class Examiner:
         clock = taken["clock"]
         pending = best.cause == "slow_device" and clock.baseline is not None and clock.observed is None
         return policy.PENDING_BAR if pending else policy.UNCONFIRMED_BAR
-
-    def _worth_naming(self, finding: Finding, best: Explained, share: float, length: int) -> bool:
-        """Whether a finding that is over cost enough to be mentioned still."""
-        if finding.last is None:
-            return True
-        cost = share * length / (finding.upto + 1)
-        needed = policy.WORTH_KEEPING if confirmed(best) else policy.UNCONFIRMED_COST
-        return length >= policy.SHORTEST_ENDED_STEPS and cost >= needed
 
     def cost_ratio(
         self, after: Ints, extra: Floats, at_begin: bool = False, before: Ints | None = None

@@ -16,14 +16,15 @@ from lens.diagnosis import (
     feeding,
     learning,
     memory,
-    notices,
     pauses,
     serving,
     several,
     stops,
     swapping,
 )
-from lens.diagnosis.examine import Examiner, Verdict
+from lens.diagnosis.examine import Examiner
+from lens.diagnosis.findings import Verdict
+from lens.diagnosis.grids import on_grid
 from lens.diagnosis.network import LinkVerdict
 from lens.diagnosis.notices import Cause, Family, Notice
 from lens.diagnosis.parts import WITHIN
@@ -50,7 +51,7 @@ class Judge:
 
     def at(self, index: int) -> tuple[list[Verdict], list[Notice]]:
         """Slow ranks and noticed causes at a step place, those that are one thing merged."""
-        noticed, verdicts = self._notices(index), self.run.verdicts(index)
+        noticed, verdicts = self.noticed(index), self.run.verdicts(index)
         if self._serves:
             verdicts = [verdict for verdict in verdicts if _lasts(verdict, index)]
         kept: list[Verdict] = []
@@ -72,7 +73,7 @@ class Judge:
 
     def links(self, index: int) -> list[LinkVerdict]:
         """Slower transfers at a step place, but for those that a noticed cause explains."""
-        noticed = self._notices(index)
+        noticed = self.noticed(index)
         return [link for link in self.run.links(index) if not any(_lengthens(n, link, index) for n in noticed)]
 
     def named(self, index: int) -> set[tuple[str, tuple[int, ...]]]:
@@ -91,8 +92,9 @@ class Judge:
         """Whether the run serves requests, of which each rank may have its own."""
         return any(isinstance(family, serving.Serving) and family.serves for family in self._families)
 
-    def _notices(self, index: int) -> list[Notice]:
-        place = notices.on_grid(index)
+    def noticed(self, index: int) -> list[Notice]:
+        """What the families see at a step place."""
+        place = on_grid(index)
         if place not in self._noticed:
             if not self._families:
                 self._families = [family.of(self.run) for family in FAMILIES]

@@ -8,6 +8,7 @@ and stages differ by design, but by the same factor from step to step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -68,19 +69,8 @@ class Learning:
 
     def _spike(self, place: int) -> Notice | None:
         """The last spike of the loss, from its first step to its last."""
-        typical = median(self.local, axis=1)
-        known = np.isfinite(typical)
-        metric, values = (LOCAL_LOSS, typical) if known.sum() >= np.isfinite(self.loss).sum() else (LOSS, self.loss)
-        past: list[float] = []
-        high: list[tuple[int, float]] = []
-        for step in range(policy.WARM_UP_STEPS, place + 1):
-            value = float(values[step])
-            if not np.isfinite(value):
-                continue
-            if len(past) >= FEWEST_PAST and _jumped(value, past) and self._shared(metric, step, past):
-                high.append((step, float(np.median(past))))
-                continue
-            past = [*past[1 - PAST_STEPS :], value]
+        metric, values = self._typical
+        high = [(step, base) for step, base in self._high if step <= place]
         if not high:
             return None
         # Spikes far apart are different events: the last one is told.
@@ -97,6 +87,29 @@ class Learning:
             f"the loss of all ranks rose from {base:.3g} to {peak:.3g} at step {{onset}}",
             (Evidence(metric, base, peak),),
         )  # fmt: skip
+
+    @cached_property
+    def _typical(self) -> tuple[str, Floats]:
+        """The loss that more steps have, the median of the ranks' own or the reduced one: its name and values [steps]."""
+        typical = median(self.local, axis=1)
+        told = np.isfinite(typical).sum() >= np.isfinite(self.loss).sum()
+        return (LOCAL_LOSS, typical) if told else (LOSS, self.loss)
+
+    @cached_property
+    def _high(self) -> list[tuple[int, float]]:
+        """Every step whose loss jumped from its past, ascending, with the median of that past."""
+        metric, values = self._typical
+        past: list[float] = []
+        high: list[tuple[int, float]] = []
+        for step in range(policy.WARM_UP_STEPS, len(values)):
+            value = float(values[step])
+            if not np.isfinite(value):
+                continue
+            if len(past) >= FEWEST_PAST and _jumped(value, past) and self._shared(metric, step, past):
+                high.append((step, float(np.median(past))))
+                continue
+            past = [*past[1 - PAST_STEPS :], value]
+        return high
 
     def _shared(self, metric: str, step: int, past: list[float]) -> bool:
         """Whether nearly all ranks rose; unknown where only the reduced loss is."""
@@ -161,8 +174,10 @@ def _by_step(run: Examiner, metric: str) -> Floats:
 def _jumped(value: float, past: list[float]) -> bool:
     """Whether a loss is far above its past, by factor and by spread."""
     base = float(np.median(past))
+    if not 0 < SPIKE * base < value:
+        return False
     sigma = max(1.4826 * float(np.median(np.abs(np.array(past) - base))), SMALLEST_SIGMA * abs(base))
-    return base > 0 and value > SPIKE * base and value > base + SPIKE_SIGMAS * sigma
+    return value > base + SPIKE_SIGMAS * sigma
 
 
 def _apart(values: Floats) -> Floats:

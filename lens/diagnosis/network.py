@@ -18,7 +18,9 @@ from lens.diagnosis.arrays import Floats, Ints
 from lens.diagnosis.changes import Change
 from lens.diagnosis.counters import Counters, Ports
 from lens.diagnosis.decompose import Frame
+from lens.diagnosis.grids import STANDING, on_grid
 from lens.diagnosis.hints import Window
+from lens.diagnosis.kept import Kept
 from lens.diagnosis.link_measures import LinkScene
 from lens.diagnosis.locate import Effects, Located, locate, relative
 from lens.diagnosis.measures import BEFORE_STEPS
@@ -110,7 +112,8 @@ class Network:
     usual: Floats
     transfers: Transfers
     watched: list[Watched]
-    _verdicts: dict[int, list[LinkVerdict]] = field(default_factory=dict)
+    _verdicts: Kept[int, list[LinkVerdict]] = field(default_factory=Kept)
+    _standing_at: Kept[int, list[LinkVerdict]] = field(default_factory=Kept)
 
     @classmethod
     def of(
@@ -143,11 +146,13 @@ class Network:
 
     def verdicts(self, index: int, load: ExpertLoad | None) -> list[LinkVerdict]:
         """Slower transfers as judged by the records visible at a step place, costliest first."""
-        if index not in self._verdicts:
+
+        def judged(index: int) -> list[LinkVerdict]:
             found = self._changed(index, load)
             found += self._standing(index, load, found)
-            self._verdicts[index] = sorted(found, key=lambda v: (-v.share, v.best.place.rows))
-        return self._verdicts[index]
+            return sorted(found, key=lambda v: (-v.share, v.best.place.rows))
+
+        return self._verdicts.get(index, judged)
 
     def _changed(self, index: int, load: ExpertLoad | None) -> list[LinkVerdict]:
         known = _joined([
@@ -169,8 +174,15 @@ class Network:
         return found
 
     def _standing(self, index: int, load: ExpertLoad | None, taken: list[LinkVerdict]) -> list[LinkVerdict]:
-        """What was slow since the first step, judged at every GRID_STEPS steps."""
-        at = (index + 1) // policy.GRID_STEPS * policy.GRID_STEPS - 1
+        """What was slow since the first step, judged on the grid of such."""
+        at = on_grid(index, STANDING)
+        found: list[LinkVerdict] = []
+        for verdict in self._standing_at.get(at, lambda at: self._stands(at, load)):
+            if all(verdict.streams.isdisjoint(other.streams) for other in [*taken, *found]):
+                found.append(verdict)
+        return found
+
+    def _stands(self, at: int, load: ExpertLoad | None) -> list[LinkVerdict]:
         steps = np.arange(policy.WARM_UP_STEPS, at + 1)
         if len(steps) < policy.STANDING_STEPS_CONFIRMED or not len(self.transfers):
             return []
@@ -186,7 +198,7 @@ class Network:
             verdict = None if located is None else self._judge(
                 located, self.transfers.seconds, none, steps, noise, None, at, load
             )  # fmt: skip
-            if verdict is None or any(not verdict.streams.isdisjoint(other.streams) for other in [*taken, *found]):
+            if verdict is None:
                 continue
             apart = place is None and len(steps) >= policy.STANDING_STEPS
             if verdict.confirmed or (apart and verdict.share >= policy.STANDING_EFFECT):

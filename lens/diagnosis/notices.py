@@ -1,7 +1,7 @@
 """Causes that do not begin with one rank's time: what all ranks share, what comes in pauses, what memory and numbers say.
 
 Each family of such causes reads the run once (`of`) and answers for any step place (`at`); what it answers at a place
-hangs on the records up to there alone. Places are taken on a grid, since none of these changes from step to step.
+hangs on the records up to there alone. Places are taken on a grid (`grids`), since none of these changes from step to step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from lens.diagnosis.arrays import Floats, Ints
 
 if TYPE_CHECKING:
     from lens.diagnosis.examine import Examiner
-
-FINE_STEPS, FINE_UNTIL = 5, 200
-COARSE_SHARE = 40
-"""The grid: every 5th step at first, later every 40th part of the run so far."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +72,6 @@ class Cause:
     severity: str = "warning"
     absorbs: tuple[str, ...] = ()
     brings: tuple[str, ...] = ()
-
-
-def grid(count: int) -> Ints:
-    """Places of the grid in a run of so many steps, ascending."""
-    places, place = [], FINE_STEPS - 1
-    while place < count:
-        places.append(place)
-        place += FINE_STEPS if place + 1 < FINE_UNTIL else (place + 1) // COARSE_SHARE
-    return np.array(places, np.int64)
-
-
-def on_grid(place: int) -> int:
-    """The last place of the grid not after a place; -1 before the first."""
-    places = grid(place + 1)
-    return int(places[-1]) if len(places) else -1
 
 
 def begins(values: Floats, least: int = 1, latest: int | None = None) -> tuple[int, float, float]:

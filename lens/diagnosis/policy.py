@@ -45,8 +45,6 @@ tens of steps, so the spread of single steps says little about the spread of mea
 SHORT_PAST_STEPS = 16
 """Noise measured over n steps is taken to be 1 + 16/n times what was seen."""
 
-GRID_STEPS = 20
-"""What has no onset is judged at every so many steps: it cannot change from one step to the next."""
 STANDING_STEPS = 38
 STANDING_STEPS_CONFIRMED = 18
 """Equal ranks on a shared machine differ by 15 % over 20 steps in every second window, and in none of 40."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lens.diagnosis.examine import Examiner, Verdict
+from lens.diagnosis.examine import Examiner
 from lens.diagnosis.exits import End
+from lens.diagnosis.findings import Verdict
 from lens.diagnosis.numerics import Origin
 from lens.diagnosis.scenes import Measure
 from lens.diagnosis.signatures import UNEXPLAINED_ADVICE, UNMOVED, Explained

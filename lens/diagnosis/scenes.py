@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -52,12 +53,12 @@ class Scene:
     ratio: float
     step_s: float
 
-    @property
+    @cached_property
     def others(self) -> Array:
         """All ranks that the finding does not name."""
         return np.setdiff1d(np.arange(len(self.frame.topology)), self.rows)
 
-    @property
+    @cached_property
     def like(self) -> list[int]:
         """Places of some of the ranks of the same kind that the finding does not name."""
         kind = self.frame.topology.kind

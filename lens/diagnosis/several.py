@@ -17,7 +17,8 @@ from lens.diagnosis.parts import WITHIN
 from lens.diagnosis.signatures import confirmed
 
 if TYPE_CHECKING:
-    from lens.diagnosis.examine import Examiner, Verdict
+    from lens.diagnosis.examine import Examiner
+    from lens.diagnosis.findings import Verdict
 
 MOST_HIDDEN = 6
 """So many of the largest hidden findings are replayed."""

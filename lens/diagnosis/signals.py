@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,11 +42,15 @@ class Series:
 
     def of(self, row: int, low: int, high: int) -> slice:
         """The samples of a rank from step index low to high, both included."""
-        begin, end = np.searchsorted(self.row, [row, row + 1])
+        begin, end = self._begins.get(row, (0, 0))
         steps = self.step[begin:end]
-        return slice(
-            int(begin + np.searchsorted(steps, low, "left")), int(begin + np.searchsorted(steps, high, "right"))
-        )
+        return slice(begin + int(steps.searchsorted(low, "left")), begin + int(steps.searchsorted(high, "right")))
+
+    @cached_property
+    def _begins(self) -> dict[int, tuple[int, int]]:
+        """Where the samples of each rank begin and end."""
+        rows, begins = np.unique(self.row, return_index=True)
+        return dict(zip(rows.tolist(), pairwise([*begins.tolist(), len(self.row)]), strict=True))
 
 
 class Signals:

@@ -242,7 +242,8 @@ UNEXPLAINED_ADVICE = (
     "Profile {ranks} for a few steps and compare it with a peer: nothing that was measured says why it is slower."
 )
 
-
+LOWEST_BAR = min(signature.bar for signature in SIGNATURES)
+"""What an excess must exceed of noise whatever confirms it."""
 ADVICE = {signature.cause: signature.advice for signature in SIGNATURES}
 """What to do about a cause; those that families notice too are told in the same words."""
 

@@ -19,7 +19,7 @@ from lens.diagnosis.signatures import UNMOVED, confirmed
 from lens.diagnosis.topology import Topology
 
 if TYPE_CHECKING:
-    from lens.diagnosis.examine import Verdict
+    from lens.diagnosis.findings import Verdict
 
 SAYS = {"power_cap": "power_cap_bit", "thermal_throttle": "thermal_bit", "power_brake": "power_brake_bit"}
 """Causes that a card tells of itself, whatever its peers do, and the measure by which it does."""

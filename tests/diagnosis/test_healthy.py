@@ -9,8 +9,8 @@ from helpers import verdict
 from noises import NOISE
 
 from lens.diagnosis.examine import Examiner
+from lens.diagnosis.grids import grid
 from lens.diagnosis.judge import CAUSES, Judge
-from lens.diagnosis.notices import grid
 from lens.diagnosis.select import Timeline
 from lens.diagnosis.topology import Topology
 
