@@ -53,6 +53,12 @@ SCHEMA: dict[str, dict[str, str]] = {
         "step": "i8", "attrs": "s",
     },
 }  # fmt: skip
+TIME_COLUMN = {
+    name: next(column for column in schema if column in ("t_ns", "t0_ns")) for name, schema in SCHEMA.items()
+}
+"""The time at which a record of a table is, or begins."""
+STEP_BEARING = ("steps", "spans", "collectives", "vectors")
+"""Tables whose steps are steps of the loop; a sample's step may be any count its author liked."""
 DTYPES: dict[str, np.dtype[Any]] = {
     "i8": np.dtype("<i8"),
     "i4": np.dtype("<i4"),
@@ -68,6 +74,14 @@ SPAN_KEYS = frozenset({"type", "t0_ns", "t1_ns", "kind", "name", "rank", "step",
 EVENT_KEYS = frozenset({"type", "t_ns", "kind", "severity", "text", "rank", "host", "device", "step", "attrs"})
 _INT64 = range(-(2**63), 2**63)
 _INT32 = range(-1, 2**31)
+
+
+@dataclass(frozen=True)
+class Begin:
+    """From where on records are taken: a step, and when it began."""
+
+    step: int
+    t_ns: int
 
 
 @dataclass
@@ -115,6 +129,22 @@ class Tables:
     def select(self, name: str, rows: Column) -> Table:
         """The rows (mask or indices) of a table."""
         return {column: values[rows] for column, values in self.table(name).items()}
+
+    def since(self, begin: Begin) -> Tables:
+        """The records from a step on; values that no row of `vectors` has any more are left out."""
+        result = Tables(strings=self.strings)
+        for name in SCHEMA:
+            table = self.table(name)
+            later = table[TIME_COLUMN[name]] >= begin.t_ns
+            if name in STEP_BEARING:
+                later = np.where(table["step"] == NULL, later, table["step"] >= begin.step)
+            setattr(result, name, self.select(name, later))
+        length = result.vectors["length"]
+        begins = np.cumsum(length) - length
+        inside = np.arange(int(length.sum())) - np.repeat(begins, length)
+        result.vector_values = self.vector_values[np.repeat(result.vectors["offset"], length) + inside]
+        result.vectors["offset"] = begins
+        return result
 
     def texts(self, codes: Column) -> list[str | None]:
         """The texts of a column of codes."""

@@ -13,20 +13,7 @@ import numpy as np
 
 from lens.diagnosis.arrays import Array, Ints
 from lens.slots import NULL
-from lens.tables import SCHEMA, Tables
-
-TIME_COLUMN = {
-    "samples": "t_ns",
-    "steps": "t0_ns",
-    "spans": "t0_ns",
-    "collectives": "t0_ns",
-    "vectors": "t_ns",
-    "events": "t_ns",
-}
-
-
-STEP_BEARING = ("steps", "spans", "collectives", "vectors")
-"""Tables whose steps are steps of the loop; a sample's step may be any count its author liked."""
+from lens.tables import SCHEMA, STEP_BEARING, TIME_COLUMN, Tables
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.diagnosis import notices, policy
-from lens.diagnosis.arrays import Array, Floats, Ints, finite_median
+from lens.diagnosis.arrays import Array, Floats, Ints, finite_median, median
 from lens.diagnosis.decompose import SECONDS
 from lens.diagnosis.examine import Examiner
 from lens.diagnosis.notices import Cause, Evidence, Notice
@@ -133,7 +133,7 @@ class Stops:
         """Ranks whose own computing took most of the stall."""
         compute = self.run.features["compute"]
         past = compute[max(policy.WARM_UP_STEPS, stall.place - PAST_STEPS) : stall.place]
-        excess = compute[stall.place] - np.nanmedian(past, axis=0)
+        excess = compute[stall.place] - median(past)
         return [int(row) for row in np.flatnonzero(excess >= 0.7 * stall.excess_s)]
 
     def _stood_still(self, row: int, stall: Stall, now_ns: int) -> bool | None:

@@ -22,16 +22,16 @@ from lens.store.export.exporter import Export, Wanted, export_of
 from lens.store.export.kept import KeptExports
 from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
-from lens.store.history import ForgottenError, Histories, Update
+from lens.store.history import FEWEST_STEPS, MOST_OF_RUN, ForgottenError, Histories, TooEarlyError, Update
 from lens.store.now import now_of
 from lens.store.prices import Prices
 from lens.store.projects import those_of
-from lens.store.readback import read_tables
+from lens.store.readback import newest, read_tables
 from lens.store.relations import FROM_STEPS, OWN_TIME, PHASE_DURATION, Selection, has_own_time
 from lens.store.runs import Run
 from lens.store.sql.answer import reply_of
 from lens.store.sql.guest import Guest, SqlAnswer
-from lens.tables import SCHEMA, Tables
+from lens.tables import SCHEMA, Begin, Tables
 
 Evaluate = Callable[[Sequence[str], dict[str, Any], Update, "int | None"], list[dict[str, Any]]]
 """Runs functions of `lens.diagnosis`, given by name, on the history of a run (see `history`)."""
@@ -320,10 +320,11 @@ class Query:
     def _judged(self, run: Run, names: tuple[str, ...], upto_step: int | None) -> list[dict[str, Any]]:
         folder, described = self._folder, {**run.described, "run": run.id}
 
-        def read() -> tuple[int, Tables]:
+        def read(upto: int | None = None) -> tuple[int, Tables, Begin | None]:
             with folder.applier.quiet(folder.limits.read_wait_s) as applied:
                 series = folder.registry.series(run.number)
-                return applied, read_tables(folder.store, run.number, series)
+                begin, where = newest(folder.store, run.number, MOST_OF_RUN // 2, FEWEST_STEPS, upto)
+                return applied, read_tables(folder.store, run.number, series, where), begin
 
         try:
             try:
@@ -333,6 +334,11 @@ class Query:
                 folder.arrivals.drop(run.number)
                 update = folder.arrivals.update(run.number, read)
                 return self._evaluate(names, described, update, upto_step)
+        except TooEarlyError:
+            _, tables, begin = read(upto_step)
+            return self._evaluate(
+                names, described, Update((-run.number, 0), True, (tables,), begin, past=True), upto_step
+            )
         except BaseException:
             folder.arrivals.drop(run.number)
             raise

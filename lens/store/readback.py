@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import pyarrow.compute as pc
 from lens.slots import NULL
 from lens.store.engine import Store
 from lens.store.rows import Series
-from lens.tables import DTYPES, SCHEMA, Column, Table, Tables
+from lens.tables import DTYPES, SCHEMA, STEP_BEARING, TIME_COLUMN, Begin, Column, Table, Tables
 
+Where = Callable[[str], str]
+"""A condition on the columns of a table, by its name."""
 _PLAIN = ("steps", "spans", "collectives", "events")
 _DICTIONARIES = " SETTINGS output_format_arrow_low_cardinality_as_dictionary = 1"
 _OPEN_KEYS = {
@@ -27,10 +30,10 @@ def read_tables(
     store: Store,
     run: int,
     series: list[Series],
-    where: str = "1",
+    where: str | Callable[[str], str] = "1",
     only: tuple[str, ...] | None = None,
 ) -> Tables:
-    """The records of a run for which `where` (a condition on columns that every table read has) holds.
+    """The records of a run for which `where` holds: a condition on columns that every table read has, or one by table.
 
     Open spans that a later record closed are left out.
     """
@@ -47,12 +50,46 @@ def read_tables(
     return result
 
 
+def newest(store: Store, run: int, most: int, fewest_steps: int, upto: int | None) -> tuple[Begin | None, Where]:
+    """Where to begin reading a run so that about so many records, but at least so many steps, come up to a step; and the
+    condition by table. Nothing is left out of a run with fewer."""
+    counts = [store.scalar(f"SELECT count() FROM lens.{name} WHERE run = {run}") for name in SCHEMA]
+    total = sum(int(count or 0) for count in counts)
+    seen = f"WHERE run = {run} AND step >= 0"
+    named = " UNION ALL ".join(
+        f"SELECT step, {TIME_COLUMN[name]} AS t FROM lens.{name} {seen}" for name in STEP_BEARING
+    )
+    if total <= most:
+        return None, lambda table: "1"
+    low, high = store.query(f"SELECT min(step) AS low, max(step) AS high FROM ({named})").to_pylist()[0].values()
+    last = high if upto is None else min(high, upto)
+    first = last - max(fewest_steps, (high - low + 1) * most // total) + 1
+    if first <= low and upto is None:
+        return None, lambda table: "1"
+    began = store.scalar(f"SELECT min(t) FROM ({named}) WHERE step >= {first}")
+    after = (
+        store.scalar(f"SELECT min(t) FROM ({named}) WHERE step > {last + fewest_steps}")
+        if last < high - fewest_steps
+        else None
+    )
+    begin = Begin(max(first, low), int(began or 0))
+
+    def where(table: str) -> str:
+        time = f"{TIME_COLUMN[table]} >= {begin.t_ns}" + (f" AND {TIME_COLUMN[table]} < {after}" if after else "")
+        if table not in STEP_BEARING:
+            return time
+        until = f" AND step <= {last + fewest_steps}" if after else ""
+        return f"if(step = {NULL}, {time}, step >= {begin.step}{until})"
+
+    return (begin if first > low else None), where
+
+
 class _Reader:
     """Reads tables of one run over one pool of strings."""
 
-    def __init__(self, store: Store, run: int, where: str) -> None:
+    def __init__(self, store: Store, run: int, where: str | Callable[[str], str]) -> None:
         self.pool: dict[str, int] = {}
-        self._store, self._where = store, f"run = {run} AND ({where})"
+        self._store, self._run, self._where = store, run, where
 
     def plain(self, name: str) -> Table:
         columns = SCHEMA[name]
@@ -86,7 +123,10 @@ class _Reader:
         return {name: table[name] for name in SCHEMA["vectors"]}, values
 
     def _select(self, table: str, columns: str) -> pa.Table:
-        return self._store.query(f"SELECT {columns} FROM lens.{table} WHERE {self._where}{_DICTIONARIES}")
+        where = self._where if isinstance(self._where, str) else self._where(table)
+        return self._store.query(
+            f"SELECT {columns} FROM lens.{table} WHERE run = {self._run} AND ({where}){_DICTIONARIES}"
+        )
 
     def _code(self, text: str | None) -> int:
         return self.pool.setdefault(text, len(self.pool)) if text else -1

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from lens.store.errors import StoreError, StoreFullError
-from lens.store.history import ForgottenError, Histories, Update
+from lens.store.history import ForgottenError, Histories, TooEarlyError, Update
 
 MOST_WAITING = 8
 TIMEOUT_S = 300.0
@@ -41,6 +41,7 @@ class DiagnosisWorker:
 
         Raises:
             ForgottenError: the process does not have that history.
+            TooEarlyError: what it has begins too late for that step.
             StoreFullError: too many are waiting already.
             StoreError: the function failed, or took too long.
         """
@@ -63,7 +64,7 @@ class DiagnosisWorker:
         pool = self._current()
         try:
             return pool.submit(_evaluate, tuple(names), *arguments).result(TIMEOUT_S)
-        except ForgottenError:
+        except (ForgottenError, TooEarlyError):
             raise
         except BrokenProcessPool as error:
             self._discard(pool)
