@@ -55,7 +55,7 @@ class Settings:
     agent_linger: float = 30.0
     """Seconds an agent waits for a new training process before it ends."""
     heartbeat_s: float = 1.0
-    """Seconds between two heartbeats of a rank."""
+    """Seconds between two heartbeats of a rank; half as many when one has stood still for three periods."""
     ship_s: float = 1.0
     """Seconds between two batches that an agent ships."""
     spool: Path = Path()

@@ -21,6 +21,13 @@ from lens.slots import RingPart, encode_batch
 
 ANCHOR_PERIOD_S = 30.0
 LAST_LOOKS = 64
+STILL_PERIODS, HASTE = 3, 0.5
+"""When a rank has not moved for so many periods, heartbeats come after this share of one: nothing else tells for how long
+it has stood still, and so when it is hung."""
+
+Place = tuple[int, int | None]
+"""Since when (monotonic ns) a process has been in what it is in, 0 where that is not known, and its newest step."""
+NOWHERE: Place = (0, None)
 
 
 class HostedRun:
@@ -56,6 +63,8 @@ class HostedRun:
         """Overwritten slots that the parts gathered speak of; they count once these are spooled."""
         self._cursors: dict[str, int] = {}
         self._heartbeat_due = 0.0
+        self._moved: dict[str, tuple[Place, float]] = {}
+        """Where each process was last seen to be, and since when."""
         self._anchor_due = 0.0
         self._disk_full = False
         self._said_archive = False
@@ -105,10 +114,16 @@ class HostedRun:
     def record_heartbeats(self, now: float) -> None:
         """One heartbeat a rank and period; an anchor of the clocks now and then."""
         if now >= self._heartbeat_due:
-            self._heartbeat_due = now + self._settings.heartbeat_s
+            period, still = self._settings.heartbeat_s, False
             for process in self.trainers():
-                self._heartbeat(process, None)
+                place = self._heartbeat(process, None)
+                before, since = self._moved.setdefault(process.key, (place, now))
+                if place != before:
+                    self._moved[process.key] = place, now
+                elif place != NOWHERE:
+                    still |= now - since >= STILL_PERIODS * period
                 process.greet()
+            self._heartbeat_due = now + period * (HASTE if still else 1.0)
             self._record_losses()
         if now >= self._anchor_due:
             self._anchor_due = now + ANCHOR_PERIOD_S
@@ -216,7 +231,8 @@ class HostedRun:
     def _targets(self) -> list[Target]:
         return [Target(process.pid, process.rank, process.about.get("device")) for process in self.trainers()]
 
-    def _heartbeat(self, process: TrackedProcess, state: str | None) -> None:
+    def _heartbeat(self, process: TrackedProcess, state: str | None) -> Place:
+        """Record one; where the process is."""
         attrs: dict[str, Any] = {}
         spans = process.open_spans()
         main = process.readers.get("main.ring")
@@ -241,6 +257,7 @@ class HostedRun:
         if step is not None:
             attrs["step"] = step
         self.ring.event("heartbeat", "", rank=process.rank, step=step, attrs=attrs)
+        return place, step
 
     def _record_end(self, process: TrackedProcess) -> None:
         status, clean = process.exit_status, process.closed_cleanly()

@@ -2,7 +2,7 @@
 
 A checkpoint that all ranks write at their usual pace is healthy, whatever it costs below a tenth of the run. What
 counts is a rank's own time in it: who waits for a slow writer in a barrier of the same phase is its victim, and how long
-a save took in which the collector may have had most of the time is not known.
+a save took in which the collector, or the quota of its container, may have had most of the time is not known.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ GROWN_ONCE = 5.0
 """A single long save must be longer still: storage has its moments."""
 TOO_MUCH = 0.10
 """Share of the run that saves may take."""
-COLLECTED = 0.5
-"""Share of a save that garbage collections of its step must have taken for it to tell nothing of storage."""
+NOT_SAVING = 0.5
+"""Share of a save that garbage collections of its step, or stops by a quota around it, must have taken for it to tell
+nothing of storage."""
 FEWEST_SAVES = 3
 """Saves before their share of the run, or of what peers take, is judged."""
 
@@ -57,9 +58,9 @@ class Saves:
         blocking = own is not None
         if own is None:
             own = _in_background(run)
-        collected = pauses.collected(run)
-        if collected is not None:
-            own = np.where(collected > COLLECTED * np.nan_to_num(own), np.nan, own)
+        for elsewhere in (pauses.collected(run), pauses.grown_around(run, "container.cpu.throttled.time")):
+            if elsewhere is not None:
+                own = np.where(elsewhere > NOT_SAVING * np.nan_to_num(own), np.nan, own)
         steps = np.flatnonzero((np.nan_to_num(own) > 0).any(axis=1))
         return cls(run, steps, np.where(own[steps] > 0, own[steps], np.nan), blocking)
 

@@ -81,6 +81,21 @@ def spread_over_steps(run: Examiner, metric: str) -> Floats | None:
     return np.where(spent > 1e-9 * max(1e-30, float(spent.max(initial=0.0))), spent, 0.0)
 
 
+def grown_around(run: Examiner, metric: str) -> Floats | None:
+    """What a counter grew by from its last sample before each step to its first one after it [steps, ranks]."""
+    series = run.signals.series(metric)
+    if series is None:
+        return None
+    same = np.flatnonzero(np.diff(series.row) == 0)
+    since, until, row = series.step[same], series.step[same + 1], series.row[same]
+    grew = np.maximum(np.diff(series.value)[same], 0)
+    rises = np.zeros((run.frame.shape[0] + 1, run.frame.shape[1]))
+    np.add.at(rises, (since, row), grew)
+    np.add.at(rises, (until + 1, row), -grew)
+    grown: Floats = np.maximum(np.cumsum(rises, axis=0)[:-1], 0.0)
+    return grown
+
+
 def _compiled(run: Examiner) -> Floats | None:
     """Seconds that steps with a recompilation took longer than the rank's others."""
     count = run.frame.count.get("recompiles")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,20 @@ def test_a_rank_whose_rings_cannot_be_archived_keeps_them(place: Settings, rank:
     run.gather()
     run.bury()
     assert len(ring_directories(host_directory(place))) == 1
+    run.close()
+
+
+def test_a_rank_that_stands_still_is_told_of_twice_as_often(
+    place: Settings, rank: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = hosted(replace(place, heartbeat_s=1.0), [])
+    began, tenth, told = time.monotonic(), 0, list[int]()
+    monkeypatch.setattr(
+        run.ring, "event", lambda kind, *_, **__: told.append(tenth) if kind == "heartbeat" else None
+    )
+    for tenth in range(81):
+        run.record_heartbeats(began + tenth / 10 + 0.01)
+    assert told == [0, 10, 20, 30, *range(35, 81, 5)]
     run.close()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from cluster import Cluster, Fault
-from helpers import first, verdict
+from cluster import START_NS, Cluster, Fault
+from helpers import built, first, verdict
+
+from lens.diagnosis import diagnose
+from lens.tables import Tables
 
 MIB = 1024 * 1024
 
@@ -24,6 +27,24 @@ def test_collections_of_all_ranks_alike_are_planned() -> None:
 def test_a_save_that_is_long_for_a_collection_within_it_says_nothing_of_storage() -> None:
     reply = verdict(Cluster(ranks=8, steps=178, checkpoint_every=25, faults=(Fault("gc", (5,), 30, 0.5),)))
     assert [(item["cause"], item["ranks"]) for item in reply["hypotheses"]] == [("python_gc", [5])]
+
+
+@pytest.mark.parametrize(("stopped", "said"), [(0.8, []), (0.1, [("checkpoint_stall", [5])])])
+def test_a_save_that_is_long_for_a_quota_says_nothing_of_storage(
+    stopped: float, said: list[tuple[str, list[int]]]
+) -> None:
+    cluster = Cluster(ranks=8, steps=178, checkpoint_every=25, faults=(Fault("checkpoint", (5,), 40, 6.0),))
+    tables = cluster.tables()
+    last = int(tables.steps["t1_ns"].max())
+    counted = built(*(
+        {"type": "sample", "metric": "container.cpu.throttled.time", "rank": 5, "t_ns": t_ns,
+         "value": stopped * (t_ns - START_NS) / 1e9}
+        for t_ns in range(START_NS, last, 1_000_000_000)
+    ))  # fmt: skip
+    mine = tables.samples["metric"] != tables.code("container.cpu.throttled.time")
+    tables.samples = tables.select("samples", mine)
+    reply = diagnose(cluster.run(), Tables.concat([tables, counted]))
+    assert [(item["cause"], item["ranks"]) for item in reply["hypotheses"]] == said
 
 
 @pytest.mark.parametrize("steps", [176, 179, 182])
