@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,19 @@ LONGEST = "SELECT name, max(duration_s) FROM spans WHERE run = '{run}' AND kind 
 def watch(run: Run, minutes: float) -> dict[str, Any]:
     """Ask until the time is over; what was said."""
     end = time.monotonic() + 60 * minutes
-    asked, statuses, alarms = 0, {}, []
+    asked, statuses, named, alarms = 0, {}, Counter[str](), []
     while time.monotonic() < end and not run.wait(ASK_S):
         reply = run.verdict()
         if not reply:
             continue
         asked += 1
         statuses[reply["status"]] = statuses.get(reply["status"], 0) + 1
+        named.update({item["cause"] for item in reply["hypotheses"] if item["severity"] == "warning"})
         alarms += [f"step {reply['upto_step']}: {reply['status']}, {item['cause']} {item['ranks']}"
                    for item in reply["hypotheses"] if item["severity"] == "error"]  # fmt: skip
     if any(one.poll() is not None for one in run.ranks):
         raise SystemExit(f"the training ended by itself: {run.log.read_text()[-2000:]}")
-    return {"asked": asked, "statuses": statuses, "alarms": alarms}
+    return {"asked": asked, "statuses": statuses, "named": dict(named), "alarms": alarms}
 
 
 def main() -> int:
@@ -93,7 +95,9 @@ def document(found: dict[str, Any]) -> str:
     """What was seen, for people."""
     command = f"python benchmarks/no_false_hang.py --minutes {found['minutes']:g}"
     longest = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["longest_s"].items())
-    said = ", ".join(f"{status} {count}" for status, count in found["statuses"].items())
+    said, named = (
+        ", ".join(f"{name} {count}" for name, count in found[key].items()) for key in ("statuses", "named")
+    )
     lines = [
         "# A long run that stands still for good reasons", "",
         "Four real ranks with slow checkpoints, long evaluations and real compilations that nothing announces; the verdict is",
@@ -105,6 +109,7 @@ def document(found: dict[str, Any]) -> str:
         f"| longest of a rank | {longest} |",
         f"| longest time in which rank 0 ended no collective | {found['longest_standstill_s']:.1f} s |",
         f"| asked, answers by status | {found['asked']}: {said} |",
+        f"| findings by cause (its saves are slow) | {named or '–'} |",
         f"| false alarms (hung, failed) | **{len(found['alarms'])}** {'; '.join(found['alarms'][:5])} |", "",
     ]  # fmt: skip
     return "\n".join(lines)
