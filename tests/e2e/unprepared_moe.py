@@ -64,3 +64,6 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
+    # torch 2.13 aborts now and then while an interpreter with DDP over gloo ends, with or without lens: 3 of 40 times.
+    sys.stdout.flush()
+    os._exit(0)
