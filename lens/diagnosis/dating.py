@@ -31,8 +31,6 @@ Onsets = dict[Key, int | None]
 END_CAUSES = {"rank_dead", "out_of_memory", "dataloader_worker_death"}
 FATAL_CAUSES = END_CAUSES | {"nan_origin", "rank_stuck", "collective_mismatch"}
 LINK_CAUSES = {s.cause for s in signatures.SIGNATURES if "transfer" in s.features} | {"unexplained"}
-
-
 NEAR = 256
 """So many places are asked one by one from where something changed."""
 
@@ -86,21 +84,22 @@ class _Asked:
         if cause in FATAL_CAUSES:
             return next(((p, begun[key]) for p, begun in self._fatal(cause) if key in begun), (None, None))
         sources = list(self._sources(cause, ranks))
-        marks, near = np.zeros(self._limit, np.int64), np.zeros(self._limit, bool)
-        for number, source in enumerate(sources):
+        within, near = np.zeros((len(sources), self._limit), bool), np.zeros(self._limit, bool)
+        for inside, source in zip(within, sources, strict=True):
             places = source.places[source.places < self._limit]
-            marks[places] |= 1 << number
+            inside[places] = True
             near[places[:NEAR]] = True
         near[grid(self._limit)] = True
+        marked = within.any(axis=0)
 
         def held_at(place: int) -> bool:
-            may = any(marks[place] >> number & 1 and source.may(place) for number, source in enumerate(sources))
+            may = any(sources[number].may(place) for number in np.flatnonzero(within[:, place]).tolist())
             return may and key in self._at(place)
 
         passed = -1
-        for place in np.flatnonzero(near & (marks > 0)).tolist():
+        for place in np.flatnonzero(near & marked).tolist():
             if held_at(place):
-                skipped = passed + 1 + np.flatnonzero(marks[passed + 1 : place])
+                skipped = passed + 1 + np.flatnonzero(marked[passed + 1 : place])
                 first = next((earlier for earlier in skipped.tolist() if held_at(earlier)), place)
                 return first, self._at(first)[key]
             passed = place

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from lens.diagnosis import diagnose
+from lens.diagnosis.changes import Change
+from lens.diagnosis.examine import Examiner
 from lens.diagnosis.grids import NOTICED, STANDING, grid, on_grid
 from lens.diagnosis.judge import Judge
 from sample_runs.cluster import Cluster, Fault, Layout, simulate
@@ -34,6 +36,24 @@ def test_a_long_run_is_asked_at_few_of_its_steps(monkeypatch: pytest.MonkeyPatch
     assert (found["cause"], found["ranks"]) == ("slow_device", [1])
     assert 800 <= found["detected_step"] <= 806
     assert len(asked) < 50
+
+
+def test_a_rank_that_left_its_past_many_times_is_dated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(Layout(8, ep=4), 200, "shared_host", (Fault("slow_device", 100, 1, 1.5),), seed=2)
+    _, usual = first(cluster)
+    read = Examiner.of
+
+    def restless(*known: Any) -> Examiner:
+        run = read(*known)
+        short = (Change(1, place, place + 5, 0.06, 0.05, place + 22, place + 6) for place in range(12, 90))
+        run.found["compute"] = [*short, *run.found["compute"]]
+        return run
+
+    monkeypatch.setattr(Examiner, "of", restless)
+    _, found = first(cluster)
+    assert [found[key] for key in ("cause", "ranks", "detected_step")] == [
+        usual[key] for key in ("cause", "ranks", "detected_step")
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
