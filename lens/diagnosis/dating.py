@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.diagnosis import exits, numerics, report, signatures
-from lens.diagnosis.arrays import Ints
+from lens.diagnosis.arrays import Array, Ints
 from lens.diagnosis.changes import Change
 from lens.diagnosis.exits import End
 from lens.diagnosis.findings import Finding
@@ -90,7 +90,7 @@ class _Asked:
             inside[places] = True
             near[places[:NEAR]] = True
         near[grid(self._limit)] = True
-        marked = within.any(axis=0)
+        marked: Array = within.any(axis=0)
 
         def held_at(place: int) -> bool:
             may = any(sources[number].may(place) for number in np.flatnonzero(within[:, place]).tolist())
