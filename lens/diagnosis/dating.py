@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lens.diagnosis import exits, numerics, report, signatures
-from lens.diagnosis.arrays import Array, Ints
+from lens.diagnosis.arrays import Ints
 from lens.diagnosis.changes import Change
 from lens.diagnosis.exits import End
 from lens.diagnosis.findings import Finding
@@ -84,13 +84,13 @@ class _Asked:
         if cause in FATAL_CAUSES:
             return next(((p, begun[key]) for p, begun in self._fatal(cause) if key in begun), (None, None))
         sources = list(self._sources(cause, ranks))
-        within, near = np.zeros((len(sources), self._limit), bool), np.zeros(self._limit, bool)
+        within = np.zeros((len(sources), self._limit), bool)
+        near, marked = np.zeros(self._limit, bool), np.zeros(self._limit, bool)
         for inside, source in zip(within, sources, strict=True):
             places = source.places[source.places < self._limit]
-            inside[places] = True
+            inside[places] = marked[places] = True
             near[places[:NEAR]] = True
         near[grid(self._limit)] = True
-        marked: Array = within.any(axis=0)
 
         def held_at(place: int) -> bool:
             may = any(sources[number].may(place) for number in np.flatnonzero(within[:, place]).tolist())
