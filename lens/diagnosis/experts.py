@@ -254,7 +254,8 @@ class Experts:
 
     def _told_dead(self, load: ExpertLoad, steps: Ints, layer: int, expert: int, count: int) -> Notice | None:
         part = load.routed[steps, layer]
-        share = part[:, expert] / mean(part, axis=1)
+        with np.errstate(invalid="ignore"):  # of a step without tokens no expert has a share
+            share = part[:, expert] / mean(part, axis=1)
         alive = np.flatnonzero(share >= DEAD_SHARE)
         onset = int(alive[-1]) + 1 if len(alive) else 0
         if onset < DEAD_STEPS and len(steps) - onset < UNSETTLED_STEPS:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,18 @@ from lens.store.export.exporter import Export, Wanted, export_of
 from lens.store.export.kept import KeptExports
 from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
-from lens.store.history import FEWEST_STEPS, MOST_OF_RUN, ForgottenError, Histories, TooEarlyError, Update
+from lens.store.history import Histories
+from lens.store.judgements import DIAGNOSIS, LEDGER, Evaluate, Judgements
 from lens.store.now import now_of
 from lens.store.prices import Prices
 from lens.store.projects import those_of
-from lens.store.readback import newest, read_tables
+from lens.store.readback import read_tables
 from lens.store.relations import FROM_STEPS, OWN_TIME, PHASE_DURATION, Selection, has_own_time
 from lens.store.runs import Run
 from lens.store.sql.answer import reply_of
 from lens.store.sql.guest import Guest, SqlAnswer
-from lens.tables import SCHEMA, Begin, Tables
+from lens.tables import SCHEMA, Tables
 
-Evaluate = Callable[[Sequence[str], dict[str, Any], Update, "int | None"], list[dict[str, Any]]]
-"""Runs functions of `lens.diagnosis`, given by name, on the history of a run (see `history`)."""
-DIAGNOSIS, LEDGER = "diagnose", "ledger"
-_KEPT_ANSWERS = 64
 _GIVEN_UP = "lens.collector.dropped"
 _MOST_SPANS = 5000
 _OF_COLLECTIVE = ("group", "seq", "bytes", "phase")
@@ -55,12 +50,9 @@ class Query:
     def __init__(self, folder: DataFolder, evaluate: Evaluate | None = None, prices: Prices | None = None) -> None:
         self._folder, self._prices = folder, prices or Prices()
         self._charts = Charts(folder.store, folder.registry)
-        self._evaluate = evaluate or Histories().evaluate
+        self._judgements = Judgements(folder, evaluate or Histories().evaluate)
         self._exports = KeptExports()
-        self._judging: dict[str, threading.Lock] = {}
         self._guest = Guest(folder.store, folder.registry, folder.limits.sql)
-        self._answers: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
-        self._answers_lock = threading.Lock()
 
     @classmethod
     def open_folder(cls, path: Path | str, dsn: str | None = None) -> Query:
@@ -268,15 +260,15 @@ class Query:
 
     def diagnosis(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
         """The verdict: status, hypotheses with their evidence, coverage."""
-        return self._evaluated(run, upto_step, DIAGNOSIS)[0]
+        return self._judgements.of(run, upto_step, DIAGNOSIS)[0]
 
     def ledger(self, run: str, upto_step: int | None = None) -> dict[str, Any]:
         """Where the time of the run went: {from_step, to_step, wall_s, parts}."""
-        return self._evaluated(run, upto_step, LEDGER)[0]
+        return self._judgements.of(run, upto_step, LEDGER)[0]
 
     def verdict(self, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Diagnosis and ledger of everything known now, from one reading of the records."""
-        diagnosis, ledger = self._evaluated(run, None, DIAGNOSIS, LEDGER)
+        diagnosis, ledger = self._judgements.of(run, None, DIAGNOSIS, LEDGER)
         return diagnosis, ledger
 
     def alerts(self, run: str) -> list[dict[str, Any]]:
@@ -293,55 +285,8 @@ class Query:
         ]
 
     def state_of(self, run: str) -> tuple[int, int, int]:
-        """Numbers that change when a run's records do: its version, its batches, how often old ones were deleted."""
-        known = self._folder.registry.run(run)
-        progress = self._folder.registry.progress(known.number)
-        return known.version, progress.batches, progress.pruned
-
-    def _evaluated(self, run: str, upto_step: int | None, *names: str) -> list[dict[str, Any]]:
-        keys = [(name, run, upto_step, self.state_of(run)) for name in names]
-        with self._answers_lock:
-            known = [self._answers.get(key) for key in keys]
-        if all(answer is not None for answer in known):
-            return [answer for answer in known if answer is not None]
-        # One at a time for a run: its history grows in order, and who waited finds the answer of who was first.
-        with self._judging.setdefault(run, threading.Lock()):
-            with self._answers_lock:
-                known = [self._answers.get(key) for key in keys]
-            if all(answer is not None for answer in known):
-                return [answer for answer in known if answer is not None]
-            answers = self._judged(self._settled(run), names, upto_step)
-            with self._answers_lock:
-                self._answers.update(zip(keys, answers, strict=True))
-                while len(self._answers) > _KEPT_ANSWERS:
-                    self._answers.popitem(last=False)
-        return answers
-
-    def _judged(self, run: Run, names: tuple[str, ...], upto_step: int | None) -> list[dict[str, Any]]:
-        folder, described = self._folder, {**run.described, "run": run.id}
-
-        def read(upto: int | None = None) -> tuple[int, Tables, Begin | None]:
-            with folder.applier.quiet(folder.limits.read_wait_s) as applied:
-                series = folder.registry.series(run.number)
-                begin, where = newest(folder.store, run.number, MOST_OF_RUN // 2, FEWEST_STEPS, upto)
-                return applied, read_tables(folder.store, run.number, series, where), begin
-
-        try:
-            try:
-                update = folder.arrivals.update(run.number, read)
-                return self._evaluate(names, described, update, upto_step)
-            except ForgottenError:
-                folder.arrivals.drop(run.number)
-                update = folder.arrivals.update(run.number, read)
-                return self._evaluate(names, described, update, upto_step)
-        except TooEarlyError:
-            _, tables, begin = read(upto_step)
-            return self._evaluate(
-                names, described, Update((-run.number, 0), True, (tables,), begin, past=True), upto_step
-            )
-        except BaseException:
-            folder.arrivals.drop(run.number)
-            raise
+        """Numbers that change when a run's records do; see `Registry.state_of`."""
+        return self._folder.registry.state_of(run)
 
     def _settled(self, run: str) -> Run:
         known = self._folder.registry.run(run)

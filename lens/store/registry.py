@@ -101,6 +101,16 @@ class Registry:
         """How far the run of this number is."""
         return self._progress[number]
 
+    def state_of(self, run_id: str) -> tuple[int, int, int]:
+        """Numbers that change when a run's records do: its version, its batches, how often old ones were deleted.
+
+        Raises:
+            UnknownRunError: there is no such run.
+        """
+        run = self.run(run_id)
+        progress = self.progress(run.number)
+        return run.version, progress.batches, progress.pruned
+
     def series(self, number: int, metric: str | None = None) -> list[Series]:
         """The series of a run, or those of one metric."""
         with self.lock:

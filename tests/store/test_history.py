@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens.slots import NULL
-from lens.store import query as reading
+from lens.store import judgements as reading
 from lens.store.errors import StoreError
 from lens.store.folder import DataFolder
 from lens.store.history import Arrivals, ForgottenError, Histories, History, Update
