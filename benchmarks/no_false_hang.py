@@ -2,7 +2,7 @@
 
 Four real ranks on gloo, with checkpoints to a slow disk on all ranks (longer than the 5 s after which a standstill is
 looked at), long evaluations, and attention compiled from nothing by torch.compile, caches off, without any phase that
-announces it. The verdict is asked for every other second.
+announces it. The verdict is asked for again two seconds after each answer.
 
     python benchmarks/no_false_hang.py [--minutes N] [--json] [--out FILE]
 """
@@ -101,7 +101,7 @@ def document(found: dict[str, Any]) -> str:
     lines = [
         "# A long run that stands still for good reasons", "",
         "Four real ranks with slow checkpoints, long evaluations and real compilations that nothing announces; the verdict is",
-        "asked for every other second. Nothing of it may be called hung.", "",
+        "asked for again two seconds after each answer. Nothing of it may be called hung.", "",
         f"Made on {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores: `{command}`", "",
         "| | |", "|---|---|",
         f"| minutes, steps | {found['minutes']:g}, {found['steps']} |",
