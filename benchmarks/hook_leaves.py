@@ -31,7 +31,9 @@ from lens.hooks import api, native
 from lens.hooks.session import Session
 from lens.settings import Settings
 
-WARM, STEPS = 30, 3
+WARM, FIRST_WARM, STEPS = 30, 500, 3
+"""Cycles before it is counted, those of the first way (without lens too, a process holds more for some 450), and steps
+of each."""
 KIB_A_CYCLE = 1.0
 """Memory that may come with a cycle, KiB: what malloc keeps scatters; a leaked ring would be 1,024."""
 
@@ -120,7 +122,7 @@ def cycle(way: str, rings: Path, buffer: Any) -> None:
 
 def leaves(way: str, cycles: int, rings: Path, buffer: Any, named: dict[tuple[str, str], int]) -> dict[str, Any]:
     """What so many cycles of one way leave behind; `named` was taken when nothing of lens had been begun yet."""
-    for _ in range(WARM):
+    for _ in range(FIRST_WARM if way == next(iter(WAYS)) else WARM):
         cycle(way, rings, buffer)
     before = Held.now()
     for _ in range(cycles):

@@ -260,6 +260,42 @@ def test_what_watching_takes_is_given_back_each_time(watch: Watch, rings: Path, 
     assert objects < times / 10
 
 
+IN_USE = """
+import ctypes, gc, os, shutil, sys
+import torch, lens
+from lens.settings import Settings
+
+class Held(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+try:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+except AttributeError:
+    sys.exit("no mallinfo2")
+mallinfo2.restype = Held
+settings = Settings.load({**os.environ}, ring_mib=1)
+in_use = {}
+for cycle in range(251):
+    lens.watch(settings=settings)
+    lens.detach()
+    shutil.rmtree(settings.rings)
+    if cycle in (50, 250):
+        gc.collect()
+        held = mallinfo2()
+        in_use[cycle] = held.uordblks + held.hblkhd
+print(in_use[250] - in_use[50])
+"""
+"""Bytes that 200 beginnings and ends add to what malloc has given out."""
+
+
+def test_two_hundred_beginnings_keep_no_memory(tier: str, rings: Path) -> None:
+    done = run_script(IN_USE, rings, LENS_NATIVE="1" if tier == "native" else "0")
+    if done.stderr.endswith("no mallinfo2\n"):
+        pytest.skip("this libc does not tell what is in use")
+    assert int(done.stdout) < 200 * 100, done.stderr
+
+
 def test_watching_twice_is_watching_once(watch: Watch, recorded: Read) -> None:
     model = Net()
     watch(model)

@@ -44,13 +44,16 @@ inline std::shared_ptr<Session> joined(Thread& mine) {
   return session;
 }
 
-// torch gives out the kernel that is in place for calls with boxes only. This names the member that holds it.
-template <auto Member>
-struct Held {
-  friend const c10::KernelFunction& kernel_of(const c10::SafeKernelFunction& held) { return held.*Member; }
+// The kernel that calls find in place. torch gives it out for calls with boxes only, and notes at the kernel, for ever,
+// each time it was given out. This names the member that leads to the table that calls look into.
+template <auto Definition>
+struct Table {
+  friend const c10::KernelFunction& kernel_in_place(const c10::OperatorHandle& op, c10::DispatchKey key) {
+    return (op.*Definition)->op.lookup(c10::DispatchKeySet(key));
+  }
 };
-const c10::KernelFunction& kernel_of(const c10::SafeKernelFunction&);
-template struct Held<&c10::SafeKernelFunction::kernel_>;
+const c10::KernelFunction& kernel_in_place(const c10::OperatorHandle&, c10::DispatchKey);
+template struct Table<&c10::OperatorHandle::operatorDef_>;
 
 // What every kernel in an operator's place does, however it is called.
 class Observed {

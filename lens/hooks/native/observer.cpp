@@ -116,8 +116,7 @@ void wrap(std::shared_ptr<Session> session) {
   for (Wrapped& each : all_wrapped()) {
     auto op = dispatcher.findSchema(each.name);
     if (!op) continue;
-    const auto held = op->getComputedKernelForDispatchKey(each.key);
-    auto original = std::make_shared<const c10::KernelFunction>(kernel_of(held));
+    auto original = std::make_shared<const c10::KernelFunction>(kernel_in_place(*op, each.key));
     session->kernels[&each - all_wrapped().data()] = original;
     std::atomic_store(each.original, std::move(original));
     registrations().push_back(
