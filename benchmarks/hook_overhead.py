@@ -170,7 +170,8 @@ def back_to_back(count: int, rings: Path) -> float:
 
 
 def calls_a_step(rings: Path) -> dict[str, float]:
-    """Frames of Python that lens adds to a step with 11 collectives, and what they call in C: counted, not timed."""
+    """Frames of Python that lens adds to a step with 11 collectives, what they call in C, and the records of a step:
+    counted, not timed."""
     step, package, frames, calls = TrainingStep(0.002, COLLECTIVES[0]), str(Path(lens.__file__).parent), 0, 0
 
     def count(frame: Any, event: str, what: Any) -> None:
@@ -191,8 +192,15 @@ def calls_a_step(rings: Path) -> dict[str, float]:
                 step.run(batches, True)
             finally:
                 sys.setprofile(None)
+    records = _records(rings)
+    measured = [record["step"] for record in records if record["type"] == STEP][-steps:]
+    events = sum(record.get("step") in measured for record in records)
     shutil.rmtree(rings)
-    return {"frames_per_step_11": frames / steps, "c_calls_per_step_11": calls / steps}
+    return {
+        "events_per_step_11": events / steps,
+        "frames_per_step_11": frames / steps,
+        "c_calls_per_step_11": calls / steps,
+    }
 
 
 def lens_log_times(steps: int, rings: Path) -> dict[str, float]:
@@ -275,10 +283,13 @@ def measure(quick: bool, python: str | None, traceml: Path | None) -> dict[str, 
 
 def _overheads(rings: Path) -> list[int]:
     """What the hook has said of its own time in the steps measured, ns."""
-    (path,) = rings.glob("*/*/main.ring")
-    part = RingReader(path).poll()
-    assert part is not None
-    return [record["overhead_ns"] for record in iter_records(part) if record["type"] == STEP][-BLOCK_STEPS:]
+    return [record["overhead_ns"] for record in _records(rings) if record["type"] == STEP][-BLOCK_STEPS:]
+
+
+def _records(rings: Path) -> list[dict[str, Any]]:
+    """What the rings hold, that of the training's own and those of what is compiled."""
+    parts = (RingReader(path).poll() for path in rings.glob("*/*/*.ring"))
+    return [record for part in parts if part is not None for record in iter_records(part)]
 
 
 def _ratio(times: list[float]) -> float:
@@ -301,6 +312,7 @@ ROWS = (
     ("  nine of ten steps without lens", "edges_p90_us_60", "µs"),
     ("  steps without lens over others without (noise)", "noise_us_60", "µs"),
     ("  the hook's own word", "reported_us_per_step_60", "µs"),
+    ("events a step, 11 collectives (counted)", "events_per_step_11", ""),
     ("frames of Python a step, 11 collectives (counted)", "frames_per_step_11", ""),
     ("  and what they call in C", "c_calls_per_step_11", ""),
     ("one collective more, at cadence", "ns_per_event_at_cadence", "ns"),
