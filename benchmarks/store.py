@@ -214,11 +214,11 @@ folder.settle()
 kept = folder.store.query(
     f"SELECT step, toInt64(count()) AS n, toInt64(uniqExact(mid, rank)) AS d FROM lens.samples WHERE step > {sys.argv[2]} GROUP BY step"
 )
-for table in ("samples", "rollup", "latest"):
+for table in ("samples", "rollup", "rollup_fine", "latest"):
     folder.store.command(f"OPTIMIZE TABLE lens.{table} FINAL")
 size = folder.store.scalar(
     "SELECT sum(bytes_on_disk) FROM system.parts "
-    "WHERE active AND database = 'lens' AND table IN ('samples', 'rollup', 'latest')"
+    "WHERE active AND database = 'lens' AND table IN ('samples', 'rollup', 'rollup_fine', 'latest')"
 )
 rows = folder.store.scalar("SELECT count() FROM lens.samples")
 print(json.dumps([took, size / rows, [list(row.values()) for row in kept.to_pylist()]]))

@@ -45,14 +45,22 @@ def columns(start: int, rows: int, ranks: int, every_ns: int = 1_000_000_000) ->
     step, place = np.divmod(row, ranks * METRICS)
     rank, metric = np.divmod(place, METRICS)
     random = np.random.default_rng(start)
-    # Each rank has its own moment in each step: one draw for all its metrics.
-    jitter = (step * 1_000_003 + rank * 7919) * 2654435761 % 50_000_000
+    # Each rank has its own moment in each step, one for all its metrics and independent of every other.
+    jitter = _scattered(step * ranks + rank) % 50_000_000
     gauge = np.round(random.normal(600, 8, rows), 3)
     counter = (step * 1000 + rank * 17).astype("<f8")
     return {
         "metric": metric.astype("<i4"), "rank": rank.astype("<i4"), "step": step.astype("<i8"),
         "t_ns": START + step * every_ns + jitter, "value": np.where(metric % 2 == 0, gauge, counter),
     }  # fmt: skip
+
+
+def _scattered(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers without any order that a codec could find (splitmix64)."""
+    mixed = (numbers.astype("<u8") + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype("<i8")
 
 
 def scalars(step: int) -> dict[str, float]:

@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from lens.store.groups import grouped
-from lens.store.schema import STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
-from lens.tables import Column
+from lens.store.schema import FINE_BUCKET, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+from lens.tables import Column, Table
 
 SERIES = "series"
 """A column of samples on their way: a small number for each (run, mid), so that rows of a series are found quickly."""
+_FINE_EACH = STEP_BUCKET // FINE_BUCKET
+_ROLLED = ("axis", "bucket", "min", "max", "sum", "count", "odd")
 
 
 def aggregated(samples: pa.Table) -> dict[str, pa.Table]:
-    """Rows of `samples` (sorted), `rollup` and `latest` from these samples: run, mid, rank, step, t_ns, value, series."""
+    """Rows of `samples` (sorted), `rollup`, `rollup_fine` and `latest` from these samples: run, mid, rank, step, t_ns, value, series."""
     rows = {name: samples.column(name).to_numpy() for name in samples.column_names}
     series = _in_order(rows)
     groups = grouped([series, rows["rank"]], [int(series.max()) + 1, int(rows["rank"].max()) + 1])
@@ -32,10 +34,12 @@ def aggregated(samples: pa.Table) -> dict[str, pa.Table]:
         order, step, t_ns = order[again], step[again], t_ns[again]
     names = {name: rows[name][groups.first] for name in ("run", "mid", "rank")}
     value = rows["value"][order]
+    rollup, fine = _rollups(names, group, step, t_ns, value)
     return {
         "samples": pa.table({**{name: values[group] for name, values in names.items()},
                              "step": step, "t_ns": t_ns, "value": value}),
-        "rollup": _rollup(names, group, step, t_ns, value),
+        "rollup": rollup,
+        **({"rollup_fine": fine} if fine.num_rows else {}),
         "latest": _latest(names, group, step, t_ns, value),
     }  # fmt: skip
 
@@ -52,27 +56,57 @@ def _in_order(rows: dict[str, Column]) -> Column:
     return number[series]
 
 
-def _rollup(names: dict[str, Column], group: Column, step: Column, t_ns: Column, value: Column) -> pa.Table:
+def _rollups(
+    names: dict[str, Column], group: Column, step: Column, t_ns: Column, value: Column
+) -> tuple[pa.Table, pa.Table]:
+    """The roll-up, worked out from the fine one, and that."""
     axis = (step < 0).astype("u1")
-    bucket = step // STEP_BUCKET
-    if axis.any():
+    bucket = step // FINE_BUCKET
+    timed = axis == TIME_AXIS
+    if timed.any():
         # Towards zero, as the database divides.
-        bucket = np.where(axis == TIME_AXIS, np.sign(t_ns) * (np.abs(t_ns) // TIME_BUCKET_NS), bucket)
-    starts = np.flatnonzero(
-        np.concatenate(([True], (group[1:] != group[:-1]) | (bucket[1:] != bucket[:-1]) | (axis[1:] != axis[:-1])))
-    )
+        bucket = np.where(timed, np.sign(t_ns) * (np.abs(t_ns) // TIME_BUCKET_NS), bucket)
     finite = np.isfinite(value)
     low = high = total = value
     if not finite.all():
         low, high = np.where(finite, value, np.inf), np.where(finite, value, -np.inf)
         total = np.where(finite, value, 0.0)
-    odd = np.add.reduceat(~finite, starts, dtype="<u8")
-    return pa.table({
-        **{name: values[group[starts]] for name, values in names.items()},
-        "axis": axis[starts], "bucket": bucket[starts], "min": np.minimum.reduceat(low, starts),
-        "max": np.maximum.reduceat(high, starts), "sum": np.add.reduceat(total, starts),
-        "count": np.diff(starts, append=len(value)).astype("<u8") - odd, "odd": odd,
-    })  # fmt: skip
+    fine = _pooled(
+        {"group": group, "axis": axis, "bucket": bucket, "min": low, "max": high, "sum": total,
+         "count": finite.astype("<u8"), "odd": (~finite).astype("<u8")}
+    )  # fmt: skip
+    stepped = fine["axis"] == STEP_AXIS
+    whole = _pooled({**fine, "bucket": np.where(stepped, fine["bucket"] // _FINE_EACH, fine["bucket"])})
+    if not stepped.all():
+        fine = {name: column[stepped] for name, column in fine.items()}
+    return (
+        pa.table({**_named(names, whole), **{name: whole[name] for name in _ROLLED}}),
+        pa.table({
+            **_named(names, fine), "bucket": fine["bucket"], **{name: _float32(fine[name]) for name in ("min", "max")},
+        }),
+    )  # fmt: skip
+
+
+def _pooled(rows: Table) -> Table:
+    """Neighbours of one group, axis and bucket as one row."""
+    group, axis, bucket = rows["group"], rows["axis"], rows["bucket"]
+    starts = np.flatnonzero(
+        np.concatenate(([True], (group[1:] != group[:-1]) | (bucket[1:] != bucket[:-1]) | (axis[1:] != axis[:-1])))
+    )
+    return {
+        **{name: rows[name][starts] for name in ("group", "axis", "bucket")},
+        "min": np.minimum.reduceat(rows["min"], starts), "max": np.maximum.reduceat(rows["max"], starts),
+        **{name: np.add.reduceat(rows[name], starts) for name in ("sum", "count", "odd")},
+    }  # fmt: skip
+
+
+def _named(names: dict[str, Column], rows: Table) -> Table:
+    return {name: values[rows["group"]] for name, values in names.items()}
+
+
+def _float32(values: Column) -> Column:
+    with np.errstate(over="ignore"):
+        return values.astype("<f4")
 
 
 def _latest(names: dict[str, Column], group: Column, step: Column, t_ns: Column, value: Column) -> pa.Table:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,46 +13,21 @@ import numpy as np
 from lens.records import word
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError
-from lens.store.pooling import by_cell, envelope, pooled
+from lens.store.grids import AXIS_COLUMN, BUCKET, Grid, Window, bucket_for, grid_of, may_be_one_each
+from lens.store.maps import dense, is_rolled
+from lens.store.pooling import envelope, pooled
 from lens.store.registry import Registry
 from lens.store.relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
 from lens.store.runs import Run
-from lens.store.schema import STEP_BUCKET, TIME_BUCKET_NS
 from lens.tables import Column, Table
 
 MOST_CELLS = 4_000_000
 """Largest answer: series × points, or rows × columns."""
-AXIS_COLUMN = {"step": "step", "time": "t_ns"}
-_BUCKET = {"step": STEP_BUCKET, "time": TIME_BUCKET_NS}
 POOLS = ("max", "mean", "min")
+MOST_DENSE_CELLS = MOST_CELLS
+"""As many places a map may have that the database works out as arrays."""
 MOST_ROWS = 2_000_000
 """As many rows are read and grouped here; more are grouped by the database."""
-MOST_CELL_ROWS = 16_000_000
-"""The same of rows of a map by rank: eight bytes each."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """The part of an axis that is asked for, and in how many pieces. Steps, or Unix ns."""
-
-    start: int | None = None
-    stop: int | None = None
-    """The last step or time, included."""
-    pieces: int = 1000
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Buckets of equal width over a closed range."""
-
-    low: int
-    high: int
-    width: int
-
-    @property
-    def count(self) -> int:
-        """Buckets."""
-        return (self.high - self.low) // self.width + 1
 
 
 class Charts:
@@ -99,48 +73,46 @@ class Charts:
             raise BadQueryError(f"pool: {pool!r} is unknown", f"use one of {', '.join(POOLS)}")
         relation = self._rows_relation(run, selection, rows)
         axis = self._axis(run, selection, relation)
-        grid = None if relation is None else self._grid(relation, window, axis, _map_width(relation, axis))
+        grid = None if relation is None else self._grid(relation, window, axis, pool)
         header: dict[str, Any] = {
             "metric": selection.metric, "unit": unit_of(selection.metric), "row_kind": rows, "axis": axis,
         }  # fmt: skip
         if relation is None or grid is None:
             empty: dict[str, Any] = {"rows": [], "from": window.start, "to": window.stop, "width": 1, "columns": 0}
             return {**header, **empty}, np.empty((0, 0), "<f4")
-        key = "rank" if rows == "rank" else "key"
-        cells = self._cells(relation, grid, axis, key, pool)
-        grid, cells["bucket"] = _tightened(grid, window, cells["bucket"])
-        names, places = _row_names(rows, cells["row"], relation, run, selection)
-        if len(names) * grid.count > MOST_CELLS:
-            raise _too_large(len(names) * grid.count)
-        flat = places * grid.count + cells["bucket"]
-        values = pooled(flat, cells["value"], cells["finite"], pool, len(names) * grid.count)
-        values = values.reshape(len(names), grid.count)
+        most = _most_keys(rows, relation, run)
+        if most is not None and most * grid.count <= MOST_DENSE_CELLS:
+            found = dense(self._store, relation, grid, axis, "rank" if rows == "rank" else "key", pool)
+            names, places = _row_names(rows, found.keys, relation, run, selection)
+            values = found.on(places, len(names), pool)
+            grid, values = _trimmed(grid, window, values)
+        else:
+            cells = self._cells(relation, grid, axis, "rank" if rows == "rank" else "key", pool)
+            grid, cells["bucket"] = _tightened(grid, window, cells["bucket"])
+            names, places = _row_names(rows, cells["row"], relation, run, selection)
+            if len(names) * grid.count > MOST_CELLS:
+                raise _too_large(len(names) * grid.count)
+            flat = places * grid.count + cells["bucket"]
+            values = pooled(flat, cells["value"], cells["finite"], pool, len(names) * grid.count)
+            values = values.reshape(len(names), grid.count)
         bounds = {"from": grid.low, "to": grid.high, "width": grid.width, "columns": grid.count}
         return {**header, "rows": names, **bounds}, values
 
     def _envelope(self, relation: Relation, grid: Grid, axis: str) -> Table:
         """Smallest, largest, sum and counts of each bucket of each series: from the roll-up, or from the rows."""
-        if _rolls(relation, grid, axis) or relation.rows is None or relation.rows > MOST_ROWS:
+        if is_rolled(relation, grid, axis) or relation.rows is None or relation.rows > MOST_ROWS:
             return self._columns(_envelope_sql(relation, grid, axis))
         found = self._columns(f"{_rows_sql(relation, grid, axis, 'key, rank')} ORDER BY key, rank, bucket")
         return envelope(found["key"], found["rank"], found["bucket"], found["value"])
 
     def _cells(self, relation: Relation, grid: Grid, axis: str, row: str, pool: str) -> Table:
-        """What a map is pooled from: row, bucket, value and how many finite numbers that is of."""
-        if _rolls(relation, grid, axis):
+        """What a map of very many rows is pooled from, or one whose rows are not known before: row, bucket, value and of
+        how many finite numbers that is."""
+        if is_rolled(relation, grid, axis):
             value = {"max": "max", "min": "min", "mean": "sum"}[pool]
             return self._columns(
                 _rollup_sql(relation, grid, axis, f"{row} AS row", f"r.{value} AS value, r.count AS finite")
             )
-        if row == "rank" and _is_small(relation, grid):
-            cell = f"toUInt32((rank + 1) * {grid.count} + intDiv({AXIS_COLUMN[axis]} - {grid.low}, {grid.width})) AS cell"
-            found = self._columns(
-                f"SELECT cell, toFloat32(value) AS value FROM ({_rows_sql(relation, grid, axis, f'rank, {cell}')})"
-            )
-            cells, values, finite = by_cell(found["cell"], found["value"], pool)
-            return {
-                "row": cells // grid.count - 1, "bucket": cells % grid.count, "value": values, "finite": finite
-            }  # fmt: skip
         if relation.rows is not None and relation.rows <= MOST_ROWS:
             found = self._columns(_rows_sql(relation, grid, axis, f"{row} AS row"))
             return {**found, "finite": np.isfinite(found["value"]).astype("<i8")}
@@ -190,68 +162,64 @@ class Charts:
         )
         return Relation(sql, {})
 
-    def _grid(self, relation: Relation, window: Window, axis: str, least: int | None = None) -> Grid | None:
-        """The buckets for a window over what there is; None if there is nothing in it.
-
-        From `least` steps (or ns) a bucket on, buckets are whole ones of the roll-up; without it, from two of those on.
-        """
-        least = least or 2 * _BUCKET[axis]
+    def _grid(self, relation: Relation, window: Window, axis: str, pool: str | None = None) -> Grid | None:
+        """The buckets for a window over what there is; None if there is nothing in it. `pool` is None for lines."""
         if window.pieces < 1:
             raise BadQueryError("points and columns: at least 1", "leave them out for 1000")
-        column = AXIS_COLUMN[axis]
         low, high = window.start, window.stop
         if low is None or high is None:
-            coarse = relation.extent
-            if coarse is not None and _is_fine(coarse, window):
-                return Grid(coarse[0] if low is None else low, coarse[1] if high is None else high, 1)
-            exact = coarse is None or (coarse[1] - coarse[0]) // window.pieces < least
-            if exact:
+            extent = relation.extent
+            if extent is not None and may_be_one_each(relation, window):
+                return Grid(extent[0] if low is None else low, extent[1] if high is None else high, 1)
+            if extent is None or self._is_exact(relation, window, extent, axis, pool):
+                column = AXIS_COLUMN[axis]
                 row = self._store.query(
                     f"SELECT min({column}) AS low, max({column}) AS high, count() AS rows FROM ({relation.sql})"
                 ).to_pylist()[0]
                 if not row["rows"]:
                     return None
-                coarse = (row["low"], row["high"])
-            assert coarse is not None
-            low = coarse[0] if low is None else low
-            high = coarse[1] if high is None else high
+                extent = (row["low"], row["high"])
+            low = extent[0] if low is None else low
+            high = extent[1] if high is None else high
         if low > high:
             return None
-        width = max(1, -(-(high - low + 1) // window.pieces))
-        if relation.rollup is not None and width >= least:
-            # Whole buckets of the roll-up: it answers instead of the samples.
-            bucket = _BUCKET[axis]
-            width, low = -(-width // bucket) * bucket, low // bucket * bucket
-            high = (high // bucket + 1) * bucket - 1
-        return Grid(low, high, width)
+        return grid_of(window, low, high, bucket_for(window, low, high, relation, axis, pool))
+
+    def _is_exact(
+        self, relation: Relation, window: Window, extent: tuple[int, int], axis: str, pool: str | None
+    ) -> bool:
+        """Whether first and last step are looked up before the rest is: not of a roll-up, which tells them in whole
+        buckets, and not of a map of many rows, which is trimmed when it is there."""
+        if pool is not None and relation.rows is not None and relation.rows > MOST_ROWS:
+            return False
+        return bucket_for(window, *extent, relation, axis, pool) == 1
 
 
-def _map_width(relation: Relation, axis: str) -> int | None:
-    """A map of very many samples takes whole buckets of the roll-up even where that halves its columns."""
-    return _BUCKET[axis] // 2 if relation.rows is not None and relation.rows > MOST_ROWS else None
+def _most_keys(rows: str, relation: Relation, run: Run) -> int | None:
+    """How many keys a map may find, about; None if that is not known."""
+    if rows == "rank":
+        known = max(run.world_size or 0, relation.top or 0)
+        return known + 1 if known else None
+    return len(relation.names) or None
 
 
-def _is_small(relation: Relation, grid: Grid) -> bool:
-    """Whether rows and cells of a map by rank fit in memory."""
-    if relation.rows is None or relation.top is None:
-        return False
-    return relation.rows <= MOST_CELL_ROWS and (relation.top + 2) * grid.count <= 4 * MOST_CELLS
-
-
-def _is_fine(extent: tuple[int, int], window: Window) -> bool:
-    """Whether all there may be fits with a piece for each step: then the answer itself tells first and last."""
-    low = extent[0] if window.start is None else window.start
-    high = extent[1] if window.stop is None else window.stop
-    return low <= high and high - low < window.pieces
+def _trimmed(grid: Grid, window: Window, values: Column) -> tuple[Grid, Column]:
+    """Grid and map from the first to the last column that has anything, where nobody said from or to."""
+    found = np.flatnonzero(~np.isnan(values).all(0))
+    if not len(found) or (window.start is not None and window.stop is not None):
+        return grid, values
+    first = int(found[0]) if window.start is None else 0
+    last = int(found[-1]) if window.stop is None else grid.count - 1
+    return grid.cut(first, last), values[:, first : last + 1]
 
 
 def _tightened(grid: Grid, window: Window, buckets: Column) -> tuple[Grid, Column]:
     """The grid from the first to the last bucket that was found, where nobody said from or to."""
     if grid.width != 1 or not len(buckets):
         return grid, buckets
-    low = grid.low + int(buckets.min()) if window.start is None else grid.low
-    high = grid.low + int(buckets.max()) if window.stop is None else grid.high
-    return Grid(low, high, 1), buckets - (low - grid.low)
+    first = int(buckets.min()) if window.start is None else 0
+    last = int(buckets.max()) if window.stop is None else grid.count - 1
+    return grid.cut(first, last), buckets - first
 
 
 def unit_of(metric: str) -> str | None:
@@ -275,13 +243,8 @@ def heatmap_binary(header: dict[str, Any], values: Column) -> bytes:
     return b"".join((struct.pack("<I", len(text)), text, np.ascontiguousarray(values, "<f4").tobytes()))
 
 
-def _rolls(relation: Relation, grid: Grid, axis: str) -> bool:
-    """Whether the roll-up answers: its buckets fit into the grid's."""
-    return relation.rollup is not None and grid.width % _BUCKET[axis] == 0 and grid.low % _BUCKET[axis] == 0
-
-
 def _rollup_sql(relation: Relation, grid: Grid, axis: str, keys: str, values: str) -> str:
-    bucket = _BUCKET[axis]
+    bucket = BUCKET[axis]
     low, high, width = grid.low // bucket, grid.high // bucket, grid.width // bucket
     return (
         f"SELECT {keys}, intDiv(r.bucket - {low}, {width}) AS bucket, {values} "
@@ -299,7 +262,7 @@ def _rows_sql(relation: Relation, grid: Grid, axis: str, keys: str, value: str =
 
 def _envelope_sql(relation: Relation, grid: Grid, axis: str) -> str:
     tail = "GROUP BY key, rank, bucket ORDER BY rank, key, bucket"
-    if _rolls(relation, grid, axis):
+    if is_rolled(relation, grid, axis):
         sums = (
             "min(r.min) AS low, max(r.max) AS high, sum(r.sum) AS total, sum(r.count) AS finite, sum(r.odd) AS odd, "
             "toFloat64(nan) AS odd_value"

@@ -24,9 +24,10 @@ _TABLE = re.compile(
     r"ENGINE = (?P<engine>\w+)(?:\((?P<version>\w+)\))? ORDER BY (?P<rest>.*)",
     re.S,
 )
+_ALTER = re.compile(r"ALTER TABLE lens\.(?P<name>\w+) (?P<what>MODIFY COLUMN .*)")
 _MIGRATIONS = "CREATE TABLE IF NOT EXISTS lens.migrations (version UInt32) ENGINE = MergeTree ORDER BY version"
 _TOGETHER = {
-    **dict.fromkeys(("samples", "rollup", "latest", "vectors", "series"), "cityHash64(run, mid)"),
+    **dict.fromkeys(("samples", "rollup", "rollup_fine", "latest", "vectors", "series"), "cityHash64(run, mid)"),
     **dict.fromkeys(("steps", "spans", "collectives", "events", "progress", "ranks"), "cityHash64(run, rank)"),
     "migrations": "version",
 }
@@ -47,9 +48,14 @@ def cluster_ddl(cluster: str) -> list[str]:
     made = [f"CREATE DATABASE IF NOT EXISTS lens {on}"]
     for statement in (_MIGRATIONS, *(each for migration in MIGRATIONS for each in migration)):
         found = _TABLE.fullmatch(statement)
-        if found is None:
+        if found is not None:
+            made += _pair(cluster, on, found)
+        elif altered := _ALTER.fullmatch(statement):
+            made.append(f"ALTER TABLE lens.{altered['name']}{LOCAL} {on} {altered['what']}")
+        elif statement.startswith("INSERT INTO lens."):
+            made.append(statement)
+        else:
             raise StoreError(f"no form for a cluster is known of: {statement[:80]}", "this is a fault of lens")
-        made += _pair(cluster, on, found)
     version = f"INSERT INTO lens.migrations SELECT {len(MIGRATIONS)} WHERE {len(MIGRATIONS)} NOT IN"
     return [*made, f"{version} (SELECT version FROM lens.migrations)"]
 

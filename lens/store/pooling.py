@@ -68,24 +68,6 @@ def pooled(cell: Column, values: Column, finite: Column, pool: str, cells: int) 
     return np.where(counts > 0, found, result).astype("<f4")
 
 
-def by_cell(cell: Column, value: Column, pool: str) -> tuple[Column, Column, Column]:
-    """The cells that have a row, and of each its largest, smallest or summed (mean) value and how many finite ones."""
-    count = int(cell.max()) + 1 if len(cell) else 0
-    seen = np.zeros(count, bool)
-    seen[cell] = True
-    finite = np.isfinite(value)
-    if not finite.all():
-        cell, value = cell[finite], value[finite]
-    counts = np.bincount(cell, minlength=count)
-    if pool == "mean":
-        found = np.bincount(cell, value, count)
-    else:
-        found = np.full(count, -np.inf if pool == "max" else np.inf, value.dtype)
-        (np.maximum if pool == "max" else np.minimum).at(found, cell, value)
-    cells = np.flatnonzero(seen)
-    return cells, found[cells], counts[cells]
-
-
 def _is_sorted(rank: Column, key: Column, bucket: Column) -> bool:
     same_rank, same_key = rank[1:] == rank[:-1], key[1:] == key[:-1]
     steps = (rank[1:] > rank[:-1]) | (same_rank & (key[1:] > key[:-1]))

@@ -13,13 +13,14 @@ from typing import Any
 
 from lens.records import word
 from lens.slots import NULL
-from lens.store.charts import Charts, Window, heatmap_binary, heatmap_json, unit_of
+from lens.store.charts import Charts, heatmap_binary, heatmap_json, unit_of
 from lens.store.communication import communication_of
 from lens.store.errors import BadQueryError, StoreBehindError, StoreError, UnknownStepError
 from lens.store.export.exporter import Export, Wanted, export_of
 from lens.store.export.kept import KeptExports
 from lens.store.export.rows import Steps
 from lens.store.folder import DataFolder
+from lens.store.grids import Window
 from lens.store.history import Histories
 from lens.store.judgements import DIAGNOSIS, LEDGER, Evaluate, Judgements
 from lens.store.now import now_of

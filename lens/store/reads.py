@@ -8,8 +8,9 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from lens.store import query as reading
-from lens.store.charts import MOST_CELLS, Window
+from lens.store.charts import MOST_CELLS
 from lens.store.errors import BadQueryError
+from lens.store.grids import Window
 from lens.store.projects import project_of
 from lens.store.relations import Selection
 from lens.store.replies import json_reply, worded

@@ -73,6 +73,8 @@ class Relation:
     names: Mapping[int | str, Name]
     rollup: str | None = None
     """A SELECT over (key, rank, axis, bucket, min, max, sum, count, odd)."""
+    fine: str | None = None
+    """A SELECT over (key, rank, bucket, min, max) of the fine roll-up, over steps."""
     extent: tuple[int, int] | None = None
     """First and last step (or time) there may be, from the roll-up."""
     axis: str = "step"
@@ -100,7 +102,7 @@ def relation_of(
             is_time = extents and STEP_AXIS not in extents
             axis = natural_axis(store, registry, run, selection.metric) if is_time else "step"
         found = (
-            replace(_from_samples(run, selection, chosen, axis, extents), axis=axis, rows=rows, top=top)
+            replace(_from_samples(store, run, selection, chosen, axis, extents), axis=axis, rows=rows, top=top)
             if extents
             else _from_vectors(store, run, selection, chosen)
         )
@@ -151,7 +153,12 @@ def _of_chosen(run: int, selection: Selection, chosen: list[Series]) -> str:
 
 
 def _from_samples(
-    run: int, selection: Selection, chosen: list[Series], axis: str, extents: dict[int, tuple[int, int]]
+    store: Store,
+    run: int,
+    selection: Selection,
+    chosen: list[Series],
+    axis: str,
+    extents: dict[int, tuple[int, int]],
 ) -> Relation:
     where = _of_chosen(run, selection, chosen)
     names = _names(chosen)
@@ -160,11 +167,20 @@ def _from_samples(
         only_times = set(extents) == {TIME_AXIS}
         extent = tuple(b * TIME_BUCKET_NS for b in extents[TIME_AXIS]) if only_times else None
         rolled = _rollup(where, TIME_AXIS) if only_times else None
-        return Relation(plain, names, rolled, (extent[0], extent[1] + TIME_BUCKET_NS - 1) if extent else None)
+        return Relation(
+            plain, names, rolled, extent=(extent[0], extent[1] + TIME_BUCKET_NS - 1) if extent else None
+        )
     if TIME_AXIS not in extents:
         low, high = extents[STEP_AXIS]
         bounds = (low * STEP_BUCKET, (high + 1) * STEP_BUCKET - 1)
-        return Relation(f"{plain} AND step >= 0", names, _rollup(where, STEP_AXIS), bounds)
+        fine = f"SELECT mid AS key, rank, bucket, min, max FROM lens.rollup_fine WHERE {where}"
+        return Relation(
+            f"{plain} AND step >= 0",
+            names,
+            _rollup(where, STEP_AXIS),
+            fine if run > store.coarse_runs else None,
+            bounds,
+        )
     return Relation(f"{plain} AND step >= 0 UNION ALL {_placed_by_time(run, where)}", names)
 
 

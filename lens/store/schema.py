@@ -15,6 +15,8 @@ from __future__ import annotations
 
 STEP_BUCKET = 100
 """Steps in one bucket of the roll-up."""
+FINE_BUCKET = 10
+"""Steps in one bucket of the fine roll-up."""
 TIME_BUCKET_NS = 10_000_000_000
 """Time in one bucket of the roll-up, for samples without a step."""
 STEP_AXIS, TIME_AXIS = 0, 1
@@ -128,7 +130,38 @@ _UPKEEP = [
     _table("deleted", "run UInt32, id String, deleted_ns Int64", "run"),
 ]
 
-MIGRATIONS: list[list[str]] = [_FIRST, _UPKEEP]
+# Steps and ranks that go up by one are constant differences. At its first level ZSTD makes 0.39 bytes a row of them and
+# takes eight times as long to read them as at its third, where they take 0.01.
+_COUNTED_UP = "CODEC(Delta, ZSTD(3))"
+_COUNTERS = {
+    "samples": {"rank": "Int32", "step": "Int64"},
+    "rollup": {"rank": "Int32", "bucket": "Int64"},
+    "steps": {"rank": "Int32", "step": "Int64"},
+    "spans": {"rank": "Int32", "step": "Int64"},
+    "collectives": {"rank": "Int32", "step": "Int64", "seq": "Int64"},
+    "vectors": {"rank": "Int32", "step": "Int64"},
+}
+
+_FINE = [
+    # Infinite where nothing was a finite number.
+    _table(
+        "rollup_fine",
+        f"run UInt32, mid UInt64, rank Int32 {_COUNTED_UP}, bucket Int64 {_COUNTED_UP}, "
+        f"min SimpleAggregateFunction(min, Float32) {_VALUE}, max SimpleAggregateFunction(max, Float32) {_VALUE}",
+        "run, mid, rank, bucket",
+        "AggregatingMergeTree",
+    ),
+    # One row: runs up to this number began before there was a fine roll-up, and are drawn without it.
+    _table("coarse_runs", "run UInt32", "run"),
+    "INSERT INTO lens.coarse_runs SELECT max(run) FROM lens.runs HAVING (SELECT count() FROM lens.coarse_runs) = 0",
+    *(
+        f"ALTER TABLE lens.{table} "
+        + ", ".join(f"MODIFY COLUMN {name} {kind} {_COUNTED_UP}" for name, kind in columns.items())
+        for table, columns in _COUNTERS.items()
+    ),
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _UPKEEP, _FINE]
 """Migration n (from 1) is MIGRATIONS[n - 1]. A released one never changes; a new one is added at the end."""
 
 
@@ -138,6 +171,7 @@ TARGETS: dict[str, str] = {
     "series": "run, mid, metric, host, device, labels",
     "samples": "run, mid, rank, step, t_ns, value",
     "rollup": "run, mid, rank, axis, bucket, min, max, sum, count, odd",
+    "rollup_fine": "run, mid, rank, bucket, min, max",
     "latest": "run, mid, rank, t_ns, step, value",
     "steps": ("run, rank, step, t0_ns, t1_ns, tokens, micro_batches, seq_sq, recompiles, gc_ns, log_ns, attrs"),
     "spans": "run, t0_ns, t1_ns, kind, name, rank, step, attrs",

@@ -14,7 +14,7 @@ from lens.slots import NULL
 from lens.store import groups
 from lens.store.aggregates import SERIES, aggregated
 from lens.store.groups import grouped
-from lens.store.schema import STEP_BUCKET, TIME_BUCKET_NS
+from lens.store.schema import FINE_BUCKET, STEP_BUCKET, TIME_BUCKET_NS
 
 SERIES_OF = {(1, 9): 0, (1, 5): 1, (2, 9): 2, (2, 7): 3}
 rows = st.lists(
@@ -65,6 +65,15 @@ def test_what_is_worked_out_is_what_counting_gives(found: list[Any]) -> None:
         )
         assert tuple(row[name] for name in ("min", "max", "sum", "count", "odd")) == wanted
     assert not rolled
+    fine: dict[Any, list[float]] = {}
+    for (run, mid), rank, step, _, value in found:
+        if step >= 0:
+            fine.setdefault((run, mid, rank, step // FINE_BUCKET), []).append(value)
+    for row in made["rollup_fine"].to_pylist() if "rollup_fine" in made else []:
+        values = fine.pop(tuple(row[name] for name in ("run", "mid", "rank", "bucket")))
+        finite = [value for value in values if math.isfinite(value)]
+        assert (row["min"], row["max"]) == (min(finite, default=math.inf), max(finite, default=-math.inf))
+    assert not fine
     latest = {(row["run"], row["mid"], row["rank"]): row for row in made["latest"].to_pylist()}
     assert {key: row["t_ns"] for key, row in latest.items()} == times
     for key, row in latest.items():

@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lens.store.charts import Window
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError, StoreBehindError, StoreError
 from lens.store.export.exporter import Wanted
 from lens.store.folder import DataFolder
+from lens.store.grids import Window
 from lens.store.query import Query
 from lens.store.relations import Selection
 

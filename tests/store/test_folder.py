@@ -56,7 +56,7 @@ def counts(folder: DataFolder) -> dict[str, int]:
 
 
 _numbers = itertools.count()
-_FINAL = {"runs", "ranks", "series", "latest", "progress"}
+_FINAL = {"runs", "ranks", "series", "rollup_fine", "latest", "progress"}
 
 
 @given(records=helpers.record_lists)
@@ -132,7 +132,7 @@ def test_a_crash_between_any_two_inserts_loses_and_doubles_nothing(
     monkeypatch.undo()
     folder = DataFolder(tmp_path)
     assert counts(folder) == {
-        "runs": 2, "ranks": 2, "series": 4, "samples": 5, "rollup": 5, "latest": 3, "steps": 2, "spans": 2,
+        "runs": 2, "ranks": 2, "series": 4, "samples": 5, "rollup": 5, "rollup_fine": 2, "latest": 3, "steps": 2, "spans": 2,
         "collectives": 2, "vectors": 2, "events": 2, "progress": 2, "batches": 2,
     }  # fmt: skip
     assert folder.registry.progress(1).batches == 2
@@ -218,8 +218,8 @@ def test_a_large_group_is_one_part_in_each_table(folder: DataFolder) -> None:
     send(folder, "r", [sample(f"m{index % 7}", 1.0, index, rank=0) for index in range(60_000)])
     folder.settle()
     after = folder.store.newest_blocks()
-    assert {name: after[name] - before.get(name, 0) for name in ("samples", "rollup", "latest")} == {
-        "samples": 1, "rollup": 1, "latest": 1,
+    assert {name: after[name] - before.get(name, 0) for name in ("samples", "rollup", "rollup_fine", "latest")} == {
+        "samples": 1, "rollup": 1, "rollup_fine": 1, "latest": 1,
     }  # fmt: skip
 
 

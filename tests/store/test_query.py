@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from lens.slots import NULL
 from lens.store import charts as charting
-from lens.store.charts import Window
+from lens.store import grids
 from lens.store.errors import BadQueryError, UnknownRunError, UnknownStepError
 from lens.store.folder import DataFolder
+from lens.store.grids import Window
 from lens.store.held import covered
 from lens.store.history import Update
 from lens.store.query import Query
@@ -74,7 +75,7 @@ def test_rows_grouped_here_and_by_the_database_are_the_same_charts(
         return found
 
     here = charts()
-    monkeypatch.setattr(charting, "MOST_CELL_ROWS", 0)
+    monkeypatch.setattr(charting, "MOST_DENSE_CELLS", -1)
     assert json.dumps(charts()) == json.dumps(here)
     monkeypatch.setattr(charting, "MOST_ROWS", 0)
     by_database = charts()
@@ -96,10 +97,13 @@ def test_a_map_of_very_many_samples_comes_from_the_roll_up(
         run,
         [sample("m", 9.0 if step == 777 else 1.0, step, rank=rank) for rank in (0, 1) for step in range(900)],
     )
-    monkeypatch.setattr(charting, "MOST_ROWS", 0)
+    monkeypatch.setattr(grids, "MANY_ROWS", 0)
     heat = query.heatmap(run, Selection("m"), Window(pieces=15))
     assert (heat["width"], heat["from"], heat["to"]) == (100, 0, 899)
     assert heat["values"][:2] == [[1.0] * 7 + [9.0, 1.0]] * 2
+    fine = query.heatmap(run, Selection("m"), Window(pieces=150))
+    assert (fine["width"], fine["from"], fine["to"]) == (10, 0, 899)
+    assert fine["values"][:2] == [[1.0] * 77 + [9.0] + [1.0] * 12] * 2
 
 
 def test_a_window_shows_only_its_steps_and_rolled_up_means_agree(

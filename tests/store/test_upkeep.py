@@ -31,7 +31,7 @@ from .test_folder import ALL_KINDS, counts
 
 DAY = 86_400
 _numbers = itertools.count()
-_RECORDS = ("samples", "rollup", "latest", "steps", "spans", "collectives", "vectors", "events")
+_RECORDS = ("samples", "rollup", "rollup_fine", "latest", "steps", "spans", "collectives", "vectors", "events")
 
 
 def aged(records: list[dict[str, Any]], age_s: float, first_step: int = 0) -> list[dict[str, Any]]:

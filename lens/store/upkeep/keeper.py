@@ -34,7 +34,7 @@ EVERY_S = 3600.0
 """Seconds between two looks for records past their retention."""
 _MUTATION_S = 3600.0
 _LOOK_S = 0.05
-_OF_SAMPLES = ("samples", "rollup", "latest")
+_OF_SAMPLES = ("samples", "rollup", "rollup_fine", "latest")
 
 
 class Upkeep:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lens.store.engine import Store, quote
 from lens.store.errors import StoreError
-from lens.store.schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+from lens.store.schema import FINE_BUCKET, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
 EVERY_RUN = 0
 """Stands for all runs that have no rule of their own."""
@@ -30,6 +30,7 @@ _TIMES = {
 }
 """The newest time that a row of each table of records speaks of."""
 _NO_STEP = -1
+_FINE_EACH = STEP_BUCKET // FINE_BUCKET
 
 
 class BadRetentionError(StoreError):
@@ -103,7 +104,12 @@ class Expired:
             f"run = {self.run} AND ((axis = {TIME_AXIS} AND bucket < {self.before_ns // TIME_BUCKET_NS}) "
             f"OR (axis = {STEP_AXIS} AND {in_buckets}))"
         )
-        return {**rows, "latest": self._rows("t_ns"), "rollup": rollup}
+        fine = _any(
+            f"bucket BETWEEN {first * _FINE_EACH} AND {last * _FINE_EACH + _FINE_EACH - 1}"
+            for first, last in self.buckets
+        )
+        fine_rollup = f"run = {self.run} AND {fine}"
+        return {**rows, "latest": self._rows("t_ns"), "rollup": rollup, "rollup_fine": fine_rollup}
 
     def _rows(self, time_of: str) -> str:
         steps = _any(
