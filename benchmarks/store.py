@@ -34,6 +34,7 @@ from benchmarks.store_server import RUN, Server, as_tracker, body, slots
 from lens.store.aggregates import SERIES, aggregated
 from lens.store.decode import ARROW
 from lens.store.engine import Store
+from lens.store.moments import Moments
 
 QUICK = 30_000
 """Most rows of a slow peer with --quick."""
@@ -65,7 +66,8 @@ def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
     found["ingest_rows_s"] = rows / sum(_timed(lambda part=part: store.insert("samples", part)) for part in parts)
     reader = threading.Thread(target=read)
     reader.start()
-    spent = sum(_timed(lambda part=part: _insert_all(store, part)) for part in parts)
+    moments = Moments(store)
+    spent = sum(_timed(lambda part=part: _insert_all(store, moments, part)) for part in parts)
     stop.set()
     reader.join()
     store.close()
@@ -73,8 +75,9 @@ def engine(folder: Path, rows: int, ranks: int, found: dict[str, Any]) -> None:
     found["reads_while_ingesting"] = asked[0]
 
 
-def _insert_all(store: Store, part: pa.Table) -> None:
-    for target, rows in aggregated(part).items():
+def _insert_all(store: Store, moments: Moments, part: pa.Table) -> None:
+    made = aggregated(part)
+    for target, rows in {**made, **moments.split(made["samples"])}.items():
         store.insert(target, rows)
 
 
@@ -214,11 +217,11 @@ folder.settle()
 kept = folder.store.query(
     f"SELECT step, toInt64(count()) AS n, toInt64(uniqExact(mid, rank)) AS d FROM lens.samples WHERE step > {sys.argv[2]} GROUP BY step"
 )
-for table in ("samples", "rollup", "rollup_fine", "latest"):
+for table in ("samples", "moments", "rollup", "rollup_fine", "latest"):
     folder.store.command(f"OPTIMIZE TABLE lens.{table} FINAL")
 size = folder.store.scalar(
     "SELECT sum(bytes_on_disk) FROM system.parts "
-    "WHERE active AND database = 'lens' AND table IN ('samples', 'rollup', 'rollup_fine', 'latest')"
+    "WHERE active AND database = 'lens' AND table IN ('samples', 'moments', 'rollup', 'rollup_fine', 'latest')"
 )
 rows = folder.store.scalar("SELECT count() FROM lens.samples")
 print(json.dumps([took, size / rows, [list(row.values()) for row in kept.to_pylist()]]))

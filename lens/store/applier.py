@@ -30,6 +30,7 @@ from lens.store.engine import Store
 from lens.store.entries import CUT, Cut
 from lens.store.errors import StoreBehindError, StoreError
 from lens.store.log import Log
+from lens.store.moments import Moments
 from lens.store.registry import Registry
 from lens.store.rows import RowGroup, RowMaker, join_rows, table_of
 from lens.store.schema import TARGETS
@@ -127,7 +128,7 @@ class Applier:
     ) -> None:
         self._log, self._store, self._registry, self._pointer = log, store, registry, pointer
         self._recovered = recovered
-        self._maker = RowMaker()
+        self._maker, self._moments = RowMaker(), Moments(store)
         self._pending: deque[tuple[float, Pending]] = deque()
         self._pending_rows = 0
         self._pending_bytes = 0
@@ -180,6 +181,10 @@ class Applier:
                         "ask again in a moment",
                     )
                 self._changed.wait(min(left, 0.5))
+
+    def forget_moments(self, run: int) -> None:
+        """Records of a run are being deleted; to be told while all is quiet (see `quiet`)."""
+        self._moments.forget(run)
 
     @contextlib.contextmanager
     def quiet(self, timeout_s: float) -> Iterator[int]:
@@ -256,9 +261,11 @@ class Applier:
 
     def _apply_group(self, cut: Cut, items: list[Pending], inserted_before: bool) -> None:
         group = self._group(cut, items)
+        ready: RowGroup | None = None
         for attempt in range(10**9):
             try:
-                self._insert(cut, group, check=inserted_before or attempt > 0)
+                ready = ready or self._with_moments(group)
+                self._insert(cut, ready, check=inserted_before or attempt > 0)
                 break
             except StoreError as error:
                 if self._failed(error, attempt):
@@ -274,6 +281,9 @@ class Applier:
             self._pending_bytes -= 0 if inserted_before else sum(item.size for item in items)
             self._changed.notify_all()
         self._log.forget(cut.end)
+
+    def _with_moments(self, group: RowGroup) -> RowGroup:
+        return {**group, **self._moments.split(group["samples"])} if "samples" in group else group
 
     def _insert(self, cut: Cut, group: RowGroup, check: bool) -> None:
         newest = self._store.newest_blocks() if check else {}

@@ -28,7 +28,9 @@ _ALTER = re.compile(r"ALTER TABLE lens\.(?P<name>\w+) (?P<what>MODIFY COLUMN .*)
 _MIGRATIONS = "CREATE TABLE IF NOT EXISTS lens.migrations (version UInt32) ENGINE = MergeTree ORDER BY version"
 _TOGETHER = {
     **dict.fromkeys(("samples", "rollup", "rollup_fine", "latest", "vectors", "series"), "cityHash64(run, mid)"),
-    **dict.fromkeys(("steps", "spans", "collectives", "events", "progress", "ranks"), "cityHash64(run, rank)"),
+    **dict.fromkeys(
+        ("steps", "spans", "collectives", "events", "progress", "ranks", "moments"), "cityHash64(run, rank)"
+    ),
     "migrations": "version",
 }
 """What rows have in common that lie on one shard; of all other tables: the run."""

@@ -58,14 +58,14 @@ class Store:
         self._write_lock = threading.Lock()
         self.version = 0
         """Newest migration of `schema.MIGRATIONS` that the database has."""
-        self.coarse_runs = 0
-        """Runs up to this number have no fine roll-up."""
+        self.early_runs = 0
+        """Runs up to this number have no fine roll-up and no moments."""
         try:
             self._writer = self._open_session()
             for _ in range(READERS):
                 self._readers.put(self._open_session())
             self._migrate()
-            self.coarse_runs = int(self.scalar("SELECT max(run) FROM lens.coarse_runs") or 0)
+            self.early_runs = int(self.scalar("SELECT max(run) FROM lens.early_runs") or 0)
             self._is_cluster = not self._is_embedded and self.scalar(_ENGINE) == "Distributed"
         except StoreError:
             self.close()

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from lens.slots import NULL
 from lens.store.engine import Store
+from lens.store.moments import Times
 from lens.store.rows import Series
 from lens.tables import DTYPES, SCHEMA, STEP_BEARING, TIME_COLUMN, Begin, Column, Table, Tables
 
@@ -105,6 +106,9 @@ class _Reader:
             name: _numbers(found.column(name), SCHEMA["samples"][name])
             for name in ("rank", "step", "t_ns", "value")
         }
+        steps = table["step"][table["step"] >= 0]
+        between = (int(steps.min()), int(steps.max())) if len(steps) else (0, 0)
+        table["t_ns"] = Times(self._store, self._run, between).of(table["rank"], table["step"], table["t_ns"])
         table |= self._named(found.column("mid").to_numpy(), series, ("metric", "host", "device", "labels"))
         return {name: table[name] for name in SCHEMA["samples"]}
 

@@ -14,6 +14,7 @@ from lens.slots import NULL
 from lens.store.engine import Store, quote
 from lens.store.errors import BadQueryError
 from lens.store.held import HELD_FROM
+from lens.store.moments import timed
 from lens.store.registry import Registry
 from lens.store.rows import Series
 from lens.store.schema import STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
@@ -164,6 +165,9 @@ def _from_samples(
     names = _names(chosen)
     plain = f"SELECT mid AS key, rank, step, t_ns, value FROM lens.samples WHERE {where}"
     if axis == "time":
+        if STEP_AXIS in extents:
+            every = timed(where, f"run = {run} AND {selection.rank_filter()}")
+            plain = f"SELECT mid AS key, rank, step, t_ns, value FROM ({every})"
         only_times = set(extents) == {TIME_AXIS}
         extent = tuple(b * TIME_BUCKET_NS for b in extents[TIME_AXIS]) if only_times else None
         rolled = _rollup(where, TIME_AXIS) if only_times else None
@@ -178,7 +182,7 @@ def _from_samples(
             f"{plain} AND step >= 0",
             names,
             _rollup(where, STEP_AXIS),
-            fine if run > store.coarse_runs else None,
+            fine if run > store.early_runs else None,
             bounds,
         )
     return Relation(f"{plain} AND step >= 0 UNION ALL {_placed_by_time(run, where)}", names)

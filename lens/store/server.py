@@ -16,6 +16,7 @@ from lens.store.access import guard_of, is_loopback, token_of
 from lens.store.app import create_app
 from lens.store.errors import StoreError
 from lens.store.folder import DataFolder, Limits
+from lens.store.memory import given_back
 from lens.store.tokens import Tokens
 
 Ready = Callable[[str], None]
@@ -100,7 +101,7 @@ def serve(
         h11_max_incomplete_event_size=1 << 16,
     )
     server = _Server(config, started)
-    with _QuietEnd():
+    with _QuietEnd(), given_back():
         server.run(sockets=[listener])
     return 0 if server.started else 1
 

@@ -50,7 +50,7 @@ def test_clickhouse_parses_every_statement_and_asks_every_shard(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-2000:]
     plan, tables = json.loads(done.stdout.splitlines()[-1])
     assert "ReadFromRemote" in plan
-    wanted = {*TARGETS, "retention", "deleted", "coarse_runs", "migrations"}
+    wanted = {*TARGETS, "retention", "deleted", "early_runs", "migrations"}
     assert set(tables) == wanted | {f"{name}{LOCAL}" for name in wanted}
 
 

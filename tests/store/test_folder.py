@@ -132,7 +132,7 @@ def test_a_crash_between_any_two_inserts_loses_and_doubles_nothing(
     monkeypatch.undo()
     folder = DataFolder(tmp_path)
     assert counts(folder) == {
-        "runs": 2, "ranks": 2, "series": 4, "samples": 5, "rollup": 5, "rollup_fine": 2, "latest": 3, "steps": 2, "spans": 2,
+        "runs": 2, "ranks": 2, "series": 4, "moments": 2, "samples": 5, "rollup": 5, "rollup_fine": 2, "latest": 3, "steps": 2, "spans": 2,
         "collectives": 2, "vectors": 2, "events": 2, "progress": 2, "batches": 2,
     }  # fmt: skip
     assert folder.registry.progress(1).batches == 2

@@ -14,10 +14,11 @@ from lens.store.engine import Store
 from lens.store.errors import StoreError
 from lens.store.folder import DataFolder
 from lens.store.query import Query
+from lens.store.relations import Selection
 from lens.store.schema import MIGRATIONS
 
 from . import helpers
-from .helpers import DIE_AT, send
+from .helpers import DIE_AT, START, sample, send
 from .test_folder import ALL_KINDS, RUN
 
 FIRST = [
@@ -62,7 +63,24 @@ def test_a_database_of_the_first_schema_gives_the_same_records(old: Path) -> Non
     assert send(folder, "r", ALL_KINDS, "agent:1", 7).duplicate
     assert not send(folder, "r", ALL_KINDS, "agent:1", 8).duplicate
     folder.settle()
-    assert folder.store.scalar("SELECT count() FROM lens.samples") == 4
+    twice = query.tables("r")[1]
+    assert helpers.rows_of(twice)["samples"] == helpers.rows_of(helpers.decoded(ALL_KINDS * 2).tables)["samples"]
+
+
+def test_a_run_of_an_older_schema_goes_on_beside_one_of_this(old: Path) -> None:
+    folder = DataFolder(old)
+    query = Query(folder)
+    later = [sample("train.loss", 1.5, 1, rank=0, t_ns=START + 7), sample("train.loss", 1.0, 2, rank=0)]
+    send(folder, "r", later)
+    folder.describe_run({"run": "new"})
+    send(folder, "new", later)
+    both = {run: helpers.rows_of(query.tables(run)[1])["samples"] for run in ("r", "new")}
+    assert both["new"] == helpers.rows_of(helpers.decoded(later).tables)["samples"]
+    assert both["r"] == helpers.rows_of(helpers.decoded(ALL_KINDS + later).tables)["samples"]
+    assert folder.store.query("SELECT run, step FROM lens.moments ORDER BY step").column(0).to_pylist() == [2, 2]
+    maps = [query.heatmap(run, Selection("train.loss")) for run in ("r", "new")]
+    assert maps[1]["values"] == [[1.5, 1.0]]
+    assert maps[0]["values"][0][-2:] == [pytest.approx(max(1.5, maps[0]["values"][0][-2])), 1.0]
 
 
 def test_the_version_is_in_the_store_and_each_migration_runs_once(old: Path, tmp_path: Path) -> None:

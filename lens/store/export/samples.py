@@ -6,6 +6,7 @@ time. That is several times faster than joining and sorting text row by row, and
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from lens.slots import NULL
 from lens.store.engine import Store
+from lens.store.moments import Times
 from lens.store.rows import Series
 from lens.store.runs import Run
 from lens.tables import Column
@@ -81,12 +83,25 @@ def _groups(ordered: Sequence[Series], rows: dict[int, int], most: int) -> Itera
 def _read(store: Store, run: Run, series: Sequence[Series], where: str) -> Iterator[pa.RecordBatch]:
     mids = ", ".join(str(each.mid) for each in series)
     if not series:
-        return iter(())
-    return store.stream(
+        return
+    times = Times(store, run.number)
+    for batch in store.stream(
         f"SELECT {', '.join(_NUMBERS)} FROM lens.samples WHERE run = {run.number} AND mid IN ({mids}) AND {where} "
         f"ORDER BY run, mid, rank, step, t_ns{_SETTINGS}",
         BATCH_ROWS,
-    )
+    ):
+        yield _timed(batch, times)
+
+
+def _timed(batch: pa.RecordBatch, times: Times) -> pa.RecordBatch:
+    """The batch with the times of its samples. Series by series: each has few ranks in a batch, all together many."""
+    mid, rank, step, t_ns = (batch.column(name).to_numpy() for name in ("mid", "rank", "step", "t_ns"))
+    ends = [*(np.flatnonzero(mid[1:] != mid[:-1]) + 1).tolist(), len(mid)]
+    found = [
+        times.of(rank[start:stop], step[start:stop], t_ns[start:stop])
+        for start, stop in itertools.pairwise([0, *ends])
+    ]
+    return batch.set_column(_NUMBERS.index("t_ns"), "t_ns", pa.array(np.concatenate(found)))
 
 
 def _sorted(held: list[pa.RecordBatch], ordered: Sequence[Series], named: _Names) -> Iterator[pa.RecordBatch]:

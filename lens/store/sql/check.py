@@ -83,6 +83,17 @@ class Select:
         named = (node.name for node in right_sides if node.kind == "Identifier")
         return {node.name for node in self.tree.walk() if node.kind == "TableIdentifier"} | set(named)
 
+    def may_read(self, column: str) -> bool:
+        """Whether a column of a view can be meant anywhere: by its name, or by an asterisk (but that of ``count(*)``)."""
+        counted = {id(each) for node in self.tree.walk() if node.kind == "Function" and node.name == "count"
+                   for each in node.walk() if each.kind == "Asterisk"}  # fmt: skip
+        for node in self.tree.walk():
+            if node.kind in ("Asterisk", "QualifiedAsterisk") and id(node) not in counted:
+                return True
+            if node.kind == "Identifier" and node.name.rpartition(".")[2] == column:
+                return True
+        return False
+
     def pinned(self, view: str, column: str) -> set[str] | None:
         """The only values of a text column that can count wherever a view is read; None if that is not sure.
 

@@ -107,7 +107,7 @@ class Guest:
             wanted = set().union(*(pin for pin in pins if pin is not None))
             runs = [each for each in runs if each.id in wanted]
         metrics = {name: select.pinned(name, "metric") for name in names}
-        return with_clause(names, {each.number: each.id for each in runs}, metrics)
+        return with_clause(names, {each.number: each.id for each in runs}, metrics, not select.may_read("t_ns"))
 
     def _open(self) -> Any:
         """A session that can write nothing, for good: `readonly` cannot be undone."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lens.slots import NULL, SEVERITIES
 from lens.store.engine import quote
+from lens.store.moments import timed
 from lens.store.sql.functions import words_of
 
 
@@ -20,6 +21,8 @@ class View:
     sql: str
     about: str
     """One sentence for people."""
+    timeless: str | None = None
+    """The same without its column t_ns, where that is much cheaper."""
 
 
 _SERIES = (
@@ -52,6 +55,15 @@ def _of_series(table: str, columns: str) -> str:
         f"SELECT {{id}} AS run, metric, rank, host, device, labels, {columns} FROM "
         f"(SELECT run AS number, * EXCEPT (run, rank), nullIf(rank, -1) AS rank FROM lens.{table} "
         f"WHERE {{runs}} AND {_CHOSEN}) AS rows INNER JOIN ({_SERIES}) AS series USING (number, mid)"
+    )
+
+
+def _samples(columns: str, rows: str) -> str:
+    """The view of samples, from these rows of run, mid, rank, step and others."""
+    return (
+        f"SELECT {{id}} AS run, metric, rank, host, device, labels, {_int('step')}, {columns} FROM "
+        f"(SELECT run AS number, * EXCEPT (run, rank), nullIf(rank, -1) AS rank FROM ({rows})) AS rows "
+        f"INNER JOIN ({_SERIES}) AS series USING (number, mid)"
     )
 
 
@@ -92,8 +104,9 @@ VIEWS: dict[str, View] = {
         "One row a series: a metric of a host or device with its labels.",
     ),
     "samples": View(
-        _of_series("samples", f"{_int('step')}, t_ns, value"),
+        _samples("t_ns, value", timed(f"{{runs}} AND {_CHOSEN}", "{runs}")),
         "One row a sample; say which metric in WHERE: then only its series are read.",
+        _samples("value", f"SELECT run, mid, rank, step, value FROM lens.samples WHERE {{runs}} AND {_CHOSEN}"),
     ),
     "latest": View(
         _of_series("latest FINAL", f"{_int('step')}, t_ns, value"),
@@ -141,9 +154,14 @@ VIEWS: dict[str, View] = {
 }
 
 
-def with_clause(names: Iterable[str], runs: Mapping[int, str], metrics: Mapping[str, Iterable[str] | None]) -> str:
+def with_clause(
+    names: Iterable[str],
+    runs: Mapping[int, str],
+    metrics: Mapping[str, Iterable[str] | None],
+    timeless: bool = False,
+) -> str:
     """The WITH elements for these views: `runs` by number are all they hold, and of a view that `metrics` names,
-    these metrics alone."""
+    these metrics alone. `timeless` says that nobody asks for t_ns."""
     numbers = ", ".join(map(str, runs)) or "0"
     ids = ", ".join(map(quote, runs.values())) or "''"
     name_of_run = f"transform(number, [{numbers}], [{ids}], '')" if len(runs) != 1 else ids
@@ -151,7 +169,10 @@ def with_clause(names: Iterable[str], runs: Mapping[int, str], metrics: Mapping[
     for name in sorted(set(names) & set(VIEWS)):
         wanted = metrics.get(name)
         chosen = "" if wanted is None else f" AND metric IN ({', '.join(map(quote, sorted(wanted))) or 'NULL'})"
-        sql = VIEWS[name].sql.format(runs=f"run IN ({numbers})", id=name_of_run, metrics=chosen)
+        view = VIEWS[name]
+        sql = (view.timeless or view.sql if timeless else view.sql).format(
+            runs=f"run IN ({numbers})", id=name_of_run, metrics=chosen
+        )
         parts.append(f"{name} AS ({sql})")
     return f"WITH {', '.join(parts)} " if parts else ""
 
@@ -170,5 +191,6 @@ OWN_FUNCTIONS = frozenset({"transform", "nullIf", "toString", "JSONExtract", "JS
                            "firstNonDefault"})  # fmt: skip
 """What the views call themselves."""
 OWN_TABLES = frozenset(
-    {f"lens.{name}" for name in (*VIEWS, "progress")} | {"system.one"}  # system.one stands for no FROM at all
+    {f"lens.{name}" for name in (*VIEWS, "progress", "moments")}
+    | {"system.one"}  # system.one stands for no FROM at all
 )

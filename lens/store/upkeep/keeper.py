@@ -34,7 +34,7 @@ EVERY_S = 3600.0
 """Seconds between two looks for records past their retention."""
 _MUTATION_S = 3600.0
 _LOOK_S = 0.05
-_OF_SAMPLES = ("samples", "rollup", "rollup_fine", "latest")
+_OF_SAMPLES = ("samples", "moments", "rollup", "rollup_fine", "latest")
 
 
 class Upkeep:
@@ -273,6 +273,7 @@ class Upkeep:
             still = without_renewed(self._store, past, seen)
             removed = counted if still == past else self._count(still.conditions())
             self._begin_deleting(still.conditions(), removed)
+            self._folder.applier.forget_moments(number)
         self._wait_deleted(list(removed))
         # What was worked out from the records before does not hold any more.
         self._folder.arrivals.drop(number)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lens.store.engine import Store, quote
 from lens.store.errors import StoreError
+from lens.store.moments import timed
 from lens.store.schema import FINE_BUCKET, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
 EVERY_RUN = 0
@@ -22,6 +23,7 @@ LONGEST_S = 100 * 366 * 86_400
 
 _TIMES = {
     "samples": "t_ns",
+    "moments": "t_ns",
     "vectors": "t_ns",
     "events": "t_ns",
     "steps": "greatest(t0_ns, t1_ns)",
@@ -148,8 +150,8 @@ def _buckets(store: Store, number: int, having: str, seen: Parts | None = None) 
     """Buckets of a run's records whose oldest (`first`) and newest time (`last`) are like this, in order."""
     bucket = f"if(step < 0, {_NO_STEP}, intDiv(step, {STEP_BUCKET}))"
     parts = (
-        f"SELECT {bucket} AS bucket, min({time_of}) AS oldest, max({time_of}) AS newest FROM lens.{table} "
-        f"WHERE run = {number}{_not_in(seen[table]) if seen else ''} GROUP BY bucket"
+        f"SELECT {bucket} AS bucket, min({time_of}) AS oldest, max({time_of}) AS newest "
+        f"FROM ({_rows_of(table, number, seen)}) GROUP BY bucket"
         for table, time_of in _TIMES.items()
     )
     found = store.query(
@@ -158,6 +160,15 @@ def _buckets(store: Store, number: int, having: str, seen: Parts | None = None) 
     )
     buckets: list[int] = found.column("bucket").to_pylist()
     return buckets
+
+
+def _rows_of(table: str, number: int, seen: Parts | None) -> str:
+    """The rows of a table that have times of their own: not of samples that have that of their moment."""
+    where = f"run = {number}{_not_in(seen[table]) if seen else ''}"
+    if table != "samples":
+        return f"SELECT * FROM lens.{table} WHERE {where}"
+    later = f"{where} AND (step < 0 OR t_ns != 0)"
+    return timed(later, f"run = {number} AND (rank, step) IN (SELECT rank, step FROM lens.samples WHERE {later})")
 
 
 def _not_in(parts: list[str]) -> str:
