@@ -82,7 +82,7 @@ class Charts:
             return {**header, **empty}, np.empty((0, 0), "<f4")
         most = _most_keys(rows, relation, run)
         if most is not None and most * grid.count <= MOST_DENSE_CELLS:
-            found = dense(self._store, relation, grid, axis, "rank" if rows == "rank" else "key", pool)
+            found = dense(self._store, relation, grid, axis, "rank" if rows == "rank" else "key", pool, most)
             names, places = _row_names(rows, found.keys, relation, run, selection)
             values = found.on(places, len(names), pool)
             grid, values = _trimmed(grid, window, values)

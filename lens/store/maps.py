@@ -44,8 +44,13 @@ class DenseMap:
         return means.astype("<f4")
 
 
-def dense(store: Store, relation: Relation, grid: Grid, axis: str, row: str, pool: str) -> DenseMap:
-    """The map of a relation, from its roll-ups where the grid lets them answer; `row` is a column, such as rank.
+_WORTH_A_THREAD = 4
+"""From so many rows a place on, several threads pay off: they all have a map of their own, which must be put together."""
+
+
+def dense(store: Store, relation: Relation, grid: Grid, axis: str, row: str, pool: str, keys: int) -> DenseMap:
+    """The map of a relation, from its roll-ups where the grid lets them answer; `row` is a column, such as rank, of which
+    there are about so many `keys`.
 
     Raises:
         StoreError: the database refuses or fails.
@@ -62,8 +67,10 @@ def dense(store: Store, relation: Relation, grid: Grid, axis: str, row: str, poo
         wanted += f"{array('sum', words['rows'])} AS given"
     else:
         wanted = f"{array(f'{pool}OrNull', words[pool])} AS pooled"
+    alone = (relation.rows or 0) / bucket < _WORTH_A_THREAD * keys * grid.count
     found = store.query(
         f"SELECT {row} AS key, {wanted} FROM ({source}) WHERE {place} BETWEEN {low} AND {high} GROUP BY key"
+        f"{' SETTINGS max_threads = 1' if alone else ''}"
     )
     return DenseMap(
         found.column("key").to_numpy(),

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 MOST_STEP, MOST_RANK = 1 << 39, 1 << 23
 """Beyond them a sample has no moment: rank and step are put into one number."""
-MOST_KEPT, WORTH_A_LIST = 2_000_000, 1 << 16
-"""Newest moments of a run kept in memory, about; short lists of them are joined to longer ones."""
+MOST_KEPT, WORTH_A_LIST, MOST_RUNS = 500_000, 1 << 16, 8
+"""Newest moments of a run kept in memory, about; short lists of them are joined to longer ones; of how many runs."""
 STEPS_AT_ONCE = 1024
 """Older moments are looked up in blocks of so many steps."""
 _MUTATION_S = 30.0
@@ -130,6 +130,7 @@ class Moments:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._runs: dict[int, _Known] = {}
+        """The one last used comes last."""
 
     def forget(self, run: int) -> None:
         """Records of a run are being deleted: what is kept of it does not hold any more."""
@@ -157,15 +158,16 @@ class Moments:
                 fresh.append((run, *self._of_run(run, rows["rank"][part], rows["step"][part], t_ns[part])))
         for run, *columns in fresh:
             self._runs[run].add(*columns)
+        while len(self._runs) > MOST_RUNS:
+            del self._runs[next(iter(self._runs))]
         found = {"samples": samples.set_column(samples.column_names.index("t_ns"), "t_ns", pa.array(t_ns))}
         made = [_table(run, *columns) for run, *columns in fresh if len(columns[0])]
         return {"moments": pa.concat_tables(made).combine_chunks(), **found} if made else found
 
     def _of_run(self, run: int, rank: Column, step: Column, t_ns: Column) -> tuple[Column, Column, Column]:
         """Make times what they are later than their moment, in place; rank, step and time of new moments."""
-        known = self._runs.get(run)
-        if known is None:
-            known = self._runs[run] = _Known(*self._newest_steps(run))
+        known = self._runs.pop(run, None) or _Known(*self._newest_steps(run))
+        self._runs[run] = known
         fits = _fit(rank, step)
         rows = slice(None) if fits.all() else np.flatnonzero(fits)
         rank, step, times = rank[rows], step[rows], t_ns[rows]

@@ -14,6 +14,7 @@ import pytest
 from lens.slots import NULL
 from lens.store import moments as times_kept
 from lens.store.errors import StoreBehindError
+from lens.store.export import samples
 from lens.store.export.exporter import Wanted
 from lens.store.folder import DataFolder
 from lens.store.moments import Moments
@@ -49,6 +50,8 @@ def test_every_time_is_read_back_whatever_order_and_however_often_the_store_is_o
 ) -> None:
     chance, sent = random.Random(seed), []
     monkeypatch.setattr(times_kept, "MOST_KEPT", 30)
+    monkeypatch.setattr(times_kept, "MOST_RUNS", 1 + seed % 2)
+    monkeypatch.setattr(samples, "_FEW_RANKS", seed % 3)
     monkeypatch.setattr(times_kept, "WORTH_A_LIST", 8)
     monkeypatch.setattr(times_kept, "STEPS_AT_ONCE", 16)
     folder = DataFolder(tmp_path)
@@ -181,10 +184,10 @@ def test_a_question_without_times_reads_no_moments(
 
 
 def test_rows_that_have_no_moment_are_left_as_they_are(folder: DataFolder) -> None:
-    samples = pa.table({
+    rows = pa.table({
         "run": np.array([1, 1], "<u4"), "mid": np.array([3, 3], "<u8"), "rank": np.array([0, 0], "<i4"),
         "step": np.array([NULL, 1 << 60], "<i8"), "t_ns": np.array([7, 8], "<i8"), "value": np.array([1.0, 2.0]),
     })  # fmt: skip
-    found = Moments(folder.store).split(samples)
+    found = Moments(folder.store).split(rows)
     assert list(found) == ["samples"]
-    assert found["samples"].equals(samples)
+    assert found["samples"].equals(rows)

@@ -13,6 +13,7 @@ import pytest
 
 from lens.store.errors import BadQueryError, StoreFullError
 from lens.store.folder import DataFolder
+from lens.store.sql import guest as asking
 from lens.store.sql.guest import Guest, SqlLimits
 from lens.store.sql.views import COLUMNS, VIEWS
 
@@ -302,3 +303,33 @@ def test_the_documentation_lists_every_view_and_column(guest: Guest) -> None:
         seen |= columns
     assert seen == COLUMNS
     assert set(listed) == set(VIEWS)
+
+
+ODD_LABELS = ("{run}", "it's \\ odd\n", "table_name: system.users", "ö", "")
+
+
+@pytest.mark.parametrize("few", [0, 2000])
+def test_names_of_samples_are_right_whether_they_are_listed_or_joined(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(asking, "FEW_SERIES", few)
+    run = f"odd-{few}"
+    for name in (run, f"{run}-plain"):
+        folder.describe_run({"run": name})
+        send(folder, name, [
+            sample("m", float(index), index, rank=index or None, host=text or None, labels={"text": text, "{}": "1"})
+            for index, text in enumerate(ODD_LABELS) if "plain" not in name or "name:" not in text
+        ])  # fmt: skip
+        folder.applier.wait(folder.log.end, 120)
+        guest = Guest(folder.store, folder.registry, SqlLimits(seconds=120))
+        found = rows(
+            guest, "SELECT metric, host, labels['text'], labels['{}'], rank, value FROM samples ORDER BY step", name
+        )
+        assert found == [
+            ("m", text or None, text, "1", index or None, float(index))
+            for index, text in enumerate(ODD_LABELS) if "plain" not in name or "name:" not in text
+        ]  # fmt: skip
+    assert rows(guest, "SELECT count() FROM samples WHERE metric = 'unheard'", run) == [(0,)]
+    assert rows(
+        guest, "SELECT run, count(), max(t_ns) FROM samples WHERE run IN ('a', 'b') GROUP BY run ORDER BY run"
+    ) == [(name, 15, START + 9 * SECOND) for name in ("a", "b")]

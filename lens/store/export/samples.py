@@ -29,6 +29,7 @@ SCHEMA = pa.schema([
     pa.field("t_ns", pa.int64(), nullable=False), pa.field("value", pa.float64(), nullable=False),
 ])  # fmt: skip
 """The columns of the view ``samples``; text is a dictionary."""
+_FEW_RANKS = 16
 _NUMBERS = ("mid", "rank", "step", "t_ns", "value")
 _SETTINGS = " SETTINGS max_memory_usage = 2147483648, max_threads = 2, optimize_read_in_order = 1"
 
@@ -94,9 +95,10 @@ def _read(store: Store, run: Run, series: Sequence[Series], where: str) -> Itera
 
 
 def _timed(batch: pa.RecordBatch, times: Times) -> pa.RecordBatch:
-    """The batch with the times of its samples. Series by series: each has few ranks in a batch, all together many."""
+    """The batch with the times of its samples. Where it has many ranks, series by series: each has few of them."""
     mid, rank, step, t_ns = (batch.column(name).to_numpy() for name in ("mid", "rank", "step", "t_ns"))
-    ends = [*(np.flatnonzero(mid[1:] != mid[:-1]) + 1).tolist(), len(mid)]
+    is_wide = int(rank.max()) - int(rank.min()) > _FEW_RANKS
+    ends = [*((np.flatnonzero(mid[1:] != mid[:-1]) + 1).tolist() if is_wide else ()), len(mid)]
     found = [
         times.of(rank[start:stop], step[start:stop], t_ns[start:stop])
         for start, stop in itertools.pairwise([0, *ends])

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import queue
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import pyarrow as pa
 
-from lens.store.engine import Store
+from lens.store.engine import MOST_SQL_BYTES, Store
 from lens.store.errors import BadQueryError, StoreError, StoreFullError
 from lens.store.projects import run_of, those_of
 from lens.store.registry import Registry
+from lens.store.rows import Series
+from lens.store.runs import Run
 from lens.store.sql.check import Select, checked, resolved
 from lens.store.sql.functions import forbidden_names
 from lens.store.sql.views import COLUMNS, OWN_FUNCTIONS, OWN_TABLES, VIEWS, with_clause
 
 MOST_ROWS = 200_000
 """Most rows of one answer; export is for more."""
+FEW_SERIES = 2000
+"""So many are named in the query itself; the names of more are joined from their table."""
 EMPTY_DATABASE = "lens_guest"
 """Where names are looked up that are no view: it holds nothing, and is not the database that opens files by name."""
 
@@ -29,7 +35,7 @@ class SqlLimits:
 
     seconds: float = 10.0
     """Looked at between two blocks of rows: blocks are small, and functions that make much of little are refused."""
-    memory: int = 1 << 30
+    memory: int = field(default_factory=lambda: min(2 << 30, psutil.virtual_memory().total // 4))
     """Bytes."""
     queries: int = 2
     """At the same time; further ones are told to wait."""
@@ -107,7 +113,15 @@ class Guest:
             wanted = set().union(*(pin for pin in pins if pin is not None))
             runs = [each for each in runs if each.id in wanted]
         metrics = {name: select.pinned(name, "metric") for name in names}
-        return with_clause(names, {each.number: each.id for each in runs}, metrics, not select.may_read("t_ns"))
+        return with_clause(
+            names, {each.number: each.id for each in runs}, metrics, not select.may_read("t_ns"), self._series(runs)
+        )
+
+    def _series(self, runs: Sequence[Run]) -> list[Series] | None:
+        """The series of some runs, None where they are many."""
+        if sum(self._registry.count_series(run.number) for run in runs) > FEW_SERIES:
+            return None
+        return list({each.mid: each for run in runs for each in self._registry.series(run.number)}.values())
 
     def _open(self) -> Any:
         """A session that can write nothing, for good: `readonly` cannot be undone."""
@@ -115,7 +129,7 @@ class Guest:
             "max_execution_time": self._limits.seconds,
             "timeout_overflow_mode": "'throw'",
             "max_memory_usage": self._limits.memory,
-            "max_query_size": 1 << 18,
+            "max_query_size": MOST_SQL_BYTES,
             "max_threads": 2,
             "max_block_size": 8192,
             "max_joined_block_size_rows": 8192,

@@ -5,12 +5,13 @@ They exist only in front of a query, as its WITH clause: which runs (and series)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lens.slots import NULL, SEVERITIES
 from lens.store.engine import quote
 from lens.store.moments import timed
+from lens.store.rows import Series
 from lens.store.sql.functions import words_of
 
 
@@ -159,9 +160,11 @@ def with_clause(
     runs: Mapping[int, str],
     metrics: Mapping[str, Iterable[str] | None],
     timeless: bool = False,
+    series: Sequence[Series] | None = None,
 ) -> str:
     """The WITH elements for these views: `runs` by number are all they hold, and of a view that `metrics` names,
-    these metrics alone. `timeless` says that nobody asks for t_ns."""
+    these metrics alone. `timeless` says that nobody asks for t_ns. `series` are all of these runs, where they are few:
+    the names then stand in the view of samples, and no table of them is joined to every row."""
     numbers = ", ".join(map(str, runs)) or "0"
     ids = ", ".join(map(quote, runs.values())) or "''"
     name_of_run = f"transform(number, [{numbers}], [{ids}], '')" if len(runs) != 1 else ids
@@ -169,12 +172,44 @@ def with_clause(
     for name in sorted(set(names) & set(VIEWS)):
         wanted = metrics.get(name)
         chosen = "" if wanted is None else f" AND metric IN ({', '.join(map(quote, sorted(wanted))) or 'NULL'})"
+        if name == "samples" and series:
+            found = [each for each in series if wanted is None or each.metric in wanted]
+            if found and not any(_PLAN in text for each in found for text in _texts(each)):
+                parts.append(f"samples AS ({_named(found, f'run IN ({numbers})', name_of_run, timeless)})")
+                continue
         view = VIEWS[name]
         sql = (view.timeless or view.sql if timeless else view.sql).format(
             runs=f"run IN ({numbers})", id=name_of_run, metrics=chosen
         )
         parts.append(f"{name} AS ({sql})")
     return f"WITH {', '.join(parts)} " if parts else ""
+
+
+_PLAN = "_name:"
+"""What the engine's plan says before a name; a text with it in a view would be taken for one."""
+
+
+def _texts(series: Series) -> tuple[str, ...]:
+    return series.metric, series.host or "", series.device or "", series.labels or ""
+
+
+def _named(series: Sequence[Series], runs: str, run: str, timeless: bool) -> str:
+    """The view of samples of some series, their names looked up by their place in lists."""
+    mids = ", ".join(str(each.mid) for each in series)
+    where = f"{runs} AND mid IN ({mids})"
+    rows = f"SELECT run, mid, rank, step, value FROM lens.samples WHERE {where}" if timeless else timed(where, runs)
+    columns = zip(*map(_texts, series), strict=True)
+    metric, host, device, labels = (
+        f"[{', '.join(map(quote, texts))}]::Array(LowCardinality(String))[place]" for texts in columns
+    )
+    place = f"transform(mid, [{mids}], [{', '.join(map(str, range(1, len(series) + 1)))}], 0) AS place"
+    return (
+        f"SELECT {run} AS run, {metric} AS metric, rank, nullIf(toString({host}), '') AS host, "
+        f"nullIf(toString({device}), '') AS device, "
+        f"CAST(JSONExtractKeysAndValues(toString({labels}), 'String'), 'Map(String, String)') AS labels, "
+        f"{_int('step')}, {'' if timeless else 't_ns, '}value "
+        f"FROM (SELECT run AS number, * EXCEPT (run, mid, rank), nullIf(rank, -1) AS rank, {place} FROM ({rows}))"
+    )
 
 
 COLUMNS = frozenset(
