@@ -46,16 +46,16 @@ class Charts:
         Raises:
             BadQueryError: an answer too large.
         """
+        _check(window)
         relation = relation_of(self._store, self._registry, run.number, selection, axis)
         axis = axis or self._axis(run, selection, relation)
         reply: dict[str, Any] = {"metric": selection.metric, "unit": unit_of(selection.metric), "axis": axis}
-        grid = None if relation is None else self._grid(relation, window, axis)
-        if relation is None or grid is None:
+        found = None if relation is None else self._lines(relation, window, axis)
+        if relation is None or found is None:
             return {**reply, "from": window.start, "to": window.stop, "width": 1, "series": []}
-        columns = self._envelope(relation, grid, axis)
+        grid, columns = found
         if len(columns["key"]) > MOST_CELLS:
             raise _too_large(len(columns["key"]))
-        grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
         series = _split(columns.pop("key").tolist(), columns, grid, relation)
         return {**reply, "from": grid.low, "to": grid.high, "width": grid.width, "series": series}
 
@@ -69,6 +69,7 @@ class Charts:
         Raises:
             BadQueryError: unknown kind of rows or pool, or an answer too large.
         """
+        _check(window)
         if pool not in POOLS:
             raise BadQueryError(f"pool: {pool!r} is unknown", f"use one of {', '.join(POOLS)}")
         relation = self._rows_relation(run, selection, rows)
@@ -98,12 +99,32 @@ class Charts:
         bounds = {"from": grid.low, "to": grid.high, "width": grid.width, "columns": grid.count}
         return {**header, "rows": names, **bounds}, values
 
-    def _envelope(self, relation: Relation, grid: Grid, axis: str) -> Table:
-        """Smallest, largest, sum and counts of each bucket of each series: from the roll-up, or from the rows."""
-        if is_rolled(relation, grid, axis) or relation.rows is None or relation.rows > MOST_ROWS:
-            return self._columns(_envelope_sql(relation, grid, axis))
-        found = self._columns(f"{_rows_sql(relation, grid, axis, 'key, rank')} ORDER BY key, rank, bucket")
-        return envelope(found["key"], found["rank"], found["bucket"], found["value"])
+    def _lines(self, relation: Relation, window: Window, axis: str) -> tuple[Grid, Table] | None:
+        """Smallest, largest, sum and counts of each bucket of each series; None if there is nothing in the window."""
+        if relation.rows is not None and relation.rows <= MOST_ROWS and not _may_roll(relation, window, axis):
+            return self._lines_of_rows(relation, window, axis)
+        grid = self._grid(relation, window, axis)
+        if grid is None:
+            return None
+        columns = self._columns(_envelope_sql(relation, grid, axis))
+        grid, columns["bucket"] = _tightened(grid, window, columns["bucket"])
+        return grid, columns
+
+    def _lines_of_rows(self, relation: Relation, window: Window, axis: str) -> tuple[Grid, Table] | None:
+        """The same of few rows, which are read once and tell themselves where they begin and end."""
+        place = AXIS_COLUMN[axis]
+        bounds = [f"{place} >= {window.start}"] if window.start is not None else []
+        bounds += [f"{place} <= {window.stop}"] if window.stop is not None else []
+        rows = self._columns(
+            f"SELECT key, rank, {place} AS place, value FROM ({relation.sql}) WHERE {' AND '.join(bounds) or '1'} "
+            "ORDER BY key, rank, place"
+        )
+        if not len(rows["key"]):
+            return None
+        low = int(rows["place"].min()) if window.start is None else window.start
+        high = int(rows["place"].max()) if window.stop is None else window.stop
+        grid = grid_of(window, low, high, 1)
+        return grid, envelope(rows["key"], rows["rank"], (rows["place"] - grid.low) // grid.width, rows["value"])
 
     def _cells(self, relation: Relation, grid: Grid, axis: str, row: str, pool: str) -> Table:
         """What a map of very many rows is pooled from, or one whose rows are not known before: row, bucket, value and of
@@ -164,8 +185,6 @@ class Charts:
 
     def _grid(self, relation: Relation, window: Window, axis: str, pool: str | None = None) -> Grid | None:
         """The buckets for a window over what there is; None if there is nothing in it. `pool` is None for lines."""
-        if window.pieces < 1:
-            raise BadQueryError("points and columns: at least 1", "leave them out for 1000")
         low, high = window.start, window.stop
         if low is None or high is None:
             extent = relation.extent
@@ -193,6 +212,20 @@ class Charts:
         if pool is not None and relation.rows is not None and relation.rows > MOST_ROWS:
             return False
         return bucket_for(window, *extent, relation, axis, pool) == 1
+
+
+def _check(window: Window) -> None:
+    if window.pieces < 1:
+        raise BadQueryError("points and columns: at least 1", "leave them out for 1000")
+
+
+def _may_roll(relation: Relation, window: Window, axis: str) -> bool:
+    """Whether lines of a window may come from the roll-up."""
+    if relation.extent is None:
+        return False
+    low = relation.extent[0] if window.start is None else window.start
+    high = relation.extent[1] if window.stop is None else window.stop
+    return bucket_for(window, low, high, relation, axis) != 1
 
 
 def _most_keys(rows: str, relation: Relation, run: Run) -> int | None:
