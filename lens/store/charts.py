@@ -14,7 +14,7 @@ from lens.records import word
 from lens.store.engine import Store
 from lens.store.errors import BadQueryError
 from lens.store.grids import AXIS_COLUMN, BUCKET, Grid, Window, bucket_for, grid_of, may_be_one_each
-from lens.store.maps import dense, is_rolled
+from lens.store.maps import MOST_COLUMNS, dense, is_rolled
 from lens.store.pooling import envelope, pooled
 from lens.store.registry import Registry
 from lens.store.relations import NOT_OVER_RANKS, Relation, Selection, natural_axis, relation_of
@@ -82,7 +82,7 @@ class Charts:
             empty: dict[str, Any] = {"rows": [], "from": window.start, "to": window.stop, "width": 1, "columns": 0}
             return {**header, **empty}, np.empty((0, 0), "<f4")
         most = _most_keys(rows, relation, run)
-        if most is not None and most * grid.count <= MOST_DENSE_CELLS:
+        if most is not None and grid.count <= MOST_COLUMNS and most * grid.count <= MOST_DENSE_CELLS:
             found = dense(self._store, relation, grid, axis, "rank" if rows == "rank" else "key", pool, most)
             names, places = _row_names(rows, found.keys, relation, run, selection)
             values = found.on(places, len(names), pool)
@@ -124,7 +124,7 @@ class Charts:
         low = int(rows["place"].min()) if window.start is None else window.start
         high = int(rows["place"].max()) if window.stop is None else window.stop
         grid = grid_of(window, low, high, 1)
-        return grid, envelope(rows["key"], rows["rank"], (rows["place"] - grid.low) // grid.width, rows["value"])
+        return grid, envelope(rows["key"], rows["rank"], grid.places(rows["place"]), rows["value"])
 
     def _cells(self, relation: Relation, grid: Grid, axis: str, row: str, pool: str) -> Table:
         """What a map of very many rows is pooled from, or one whose rows are not known before: row, bucket, value and of
@@ -347,7 +347,7 @@ def _split(keys: list[Any], columns: dict[str, Column], grid: Grid, relation: Re
             "host": name.host,
             "device": name.device,
             "labels": name.labels,
-            "x": (grid.low + part["bucket"] * grid.width).tolist(),
+            "x": grid.starts(part["bucket"]),
         }
         for label, values in (("min", part["low"]), ("max", part["high"]), ("mean", means)):
             entry[label] = _words(np.where(finite > 0, values, part["odd_value"]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from lens.store.relations import Relation
 from lens.store.schema import FINE_BUCKET, STEP_BUCKET, TIME_BUCKET_NS
+from lens.tables import Column
 
 AXIS_COLUMN = {"step": "step", "time": "t_ns"}
 FINE_POOLS = ("max", "min")
@@ -18,6 +19,10 @@ BUCKET = {"step": STEP_BUCKET, "time": TIME_BUCKET_NS}
 """Width of the buckets of the roll-up, on each axis."""
 MANY_ROWS = 2_000_000
 """From so many rows on a map takes the next coarser ones, even where that halves its columns."""
+
+
+_WIDE = 1 << 60
+"""In wider buckets numbers of 64 bits may be too short."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,17 @@ class Grid:
     def count(self) -> int:
         """Buckets."""
         return (self.high - self.low) // self.width + 1
+
+    def places(self, at: Column) -> Column:
+        """The bucket of each step (or time), all within the grid."""
+        return (at - self.low) // self.width
+
+    def starts(self, buckets: Column) -> list[int]:
+        """The first step (or time) of some buckets."""
+        if self.width > _WIDE:
+            return [self.low + bucket * self.width for bucket in buckets.tolist()]
+        found: list[int] = (self.low + buckets * self.width).tolist()
+        return found
 
     def is_whole(self, bucket: int) -> bool:
         """Whether its buckets are whole ones of a roll-up with this width, but for the last one's end."""

@@ -44,6 +44,8 @@ class DenseMap:
         return means.astype("<f4")
 
 
+MOST_COLUMNS = 1 << 20
+"""The database makes no longer arrays."""
 _WORTH_A_THREAD = 4
 """From so many rows a place on, several threads pay off: they all have a map of their own, which must be put together."""
 

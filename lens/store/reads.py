@@ -21,7 +21,7 @@ Step = Annotated[int, Query(ge=-(2**62), le=2**62)]
 Metric = Annotated[str, Query(description="A metric of the catalogue, a user's own, step.duration, phase.duration")]
 Metrics = Annotated[str, Query(description="A metric, or several with commas between them")]
 Ranks = Annotated[str | None, Query(description="Ranks, such as 3 or 0,1,5; all without it")]
-Bound = Annotated[int | None, Query(ge=-(2**62), le=2**62, description="A step, or Unix ns on the time axis")]
+Bound = Annotated[int | None, Query(ge=1 - 2**62, le=2**62 - 1, description="A step, or Unix ns on the time axis")]
 
 
 @router.get("/runs", summary="Every run, newest first")

@@ -106,6 +106,25 @@ def test_a_map_of_very_many_samples_comes_from_the_roll_up(
     assert fine["values"][:2] == [[1.0] * 77 + [9.0] + [1.0] * 12] * 2
 
 
+def test_the_widest_windows_and_the_most_columns_are_answered(folder: DataFolder, query: Query, run: str) -> None:
+    send(folder, run, [sample("m", float(step > 0), step, rank=rank) for step in (0, 1_500_000) for rank in (0, 1)])
+    whole = 2**62 - 1
+    for pieces in (1, 2, 3, 1000):
+        window = Window(-whole, whole, pieces)
+        for axis in ("step", "time"):
+            lines = query.series(run, Selection("m"), window, axis)["series"]
+            assert [(max(line["max"]), sum(line["count"])) for line in lines] == [(1.0, 2), (1.0, 2)]
+        values = query.heatmap(run, Selection("m"), window)["values"]
+        assert [max(value for value in row if value is not None) for row in values[:2]] == [1.0, 1.0]
+    for columns in (1_048_576, 1_048_577, 1_500_001):
+        header, values = query._charts.heatmap(
+            folder.registry.run(run), Selection("m", ranks=(1,)), Window(pieces=columns), "rank", "max"
+        )
+        assert header["to"] >= 1_500_000
+        assert np.nanmax(values) == 1.0
+        assert np.isfinite(values).sum() == 2
+
+
 def test_a_window_shows_only_its_steps_and_rolled_up_means_agree(
     folder: DataFolder, query: Query, run: str
 ) -> None:
