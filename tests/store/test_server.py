@@ -132,13 +132,24 @@ class Sender(threading.Thread):
         return response.status_code == 200 and response.json() == {"accepted": ROWS + 4, "rejected": []}
 
 
+def time_of(sequence: int, index: int) -> int:
+    """When a sample was taken: every third one later than the others of its step."""
+    return START + sequence * SECOND + sequence * 7919 % 1000 + (index % 3 == 2) * (index + 1)
+
+
 def batch(sender: int, sequence: int) -> list[dict[str, Any]]:
     """Records that say which batch they are of."""
     t_ns, group = START + sequence * SECOND, f"g{sender}"
     span = {"type": "span", "rank": sender, "step": sequence, "t0_ns": t_ns, "t1_ns": t_ns + 5}
     return [
         *(
-            sample(f"m{index % 4}", sender * 1e6 + sequence + index / 100, sequence, rank=sender)
+            sample(
+                f"m{index % 4}",
+                sender * 1e6 + sequence + index / 100,
+                sequence,
+                rank=sender,
+                t_ns=time_of(sequence, index),
+            )
             for index in range(ROWS)
         ),
         step_span(sender, sequence),
@@ -199,11 +210,15 @@ def test_nothing_acknowledged_is_lost_and_nothing_doubled_by_kill_9_at_random_mo
         zip(tables.events["rank"].tolist(), map(int, tables.texts(tables.events["text"])), strict=True)
     )
     assert events == Counter(everything)
-    expected = np.array(
-        [number * 1e6 + sequence + index / 100 for number, sequence in everything for index in range(ROWS)]
-    )
-    assert sorted(tables.samples["value"].tolist()) == sorted(expected.tolist())
+    timed = [
+        (number * 1e6 + sequence + index / 100, time_of(sequence, index))
+        for number, sequence in everything for index in range(ROWS)
+    ]  # fmt: skip
+    found = Counter(zip(tables.samples["value"].tolist(), tables.samples["t_ns"].tolist(), strict=True))
+    assert found == Counter(timed)
+    expected = np.array([value for value, _ in timed])
     database = query._folder.store
+    assert database.scalar("SELECT count() FROM lens.moments") == len(everything)
     assert database.scalar("SELECT sum(count) FROM lens.rollup") == len(expected)
     assert database.scalar("SELECT sum(sum) FROM lens.rollup") == pytest.approx(expected.sum())
     assert database.scalar("SELECT count() FROM lens.batches") == len(everything)
