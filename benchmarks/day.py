@@ -33,8 +33,8 @@ from lens.store.decode import ARROW
 HOURS, STEPS_AN_HOUR, EVERY_NS = 24, 360, 10_000_000_000
 AGENT_RANKS = 8
 STEPS_A_REQUEST = 12
-BYTES_A_SAMPLE = 4.1
-"""What docs/proofs/store.md says of samples at rest, roll-up and newest values included."""
+BYTES_A_SAMPLE = 2.28
+"""What docs/proofs/store.md says of samples at rest at 10⁸, times, roll-ups and newest values included."""
 ROWS_A_BATCH = 100
 """What a small agent sends at once: 20 metrics of five steps."""
 
@@ -290,7 +290,7 @@ def main() -> int:
             f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, load {load:.1f} before, {minutes:.0f} minutes"
         )
         note = (
-            "A row an hour of the day, after it was pushed through. *On disk* are samples, roll-up and newest values; the whole\n"
+            "A row an hour of the day, after it was pushed through. *On disk* are samples, times, roll-ups and newest values; the whole\n"
             "folder also holds the log and what was merged away in the last eight minutes."
         )
         options.out.write_text(f"# A day of {options.ranks:,} ranks\n\n`{command}`, {about}.\n{note}\n\n{said}\n")

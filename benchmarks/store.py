@@ -244,7 +244,7 @@ ROWS = (
     ("HTTP, Arrow, acknowledged: rows a second", "ingest_http_rows_s", "{:,.0f}"),
     ("  until all of them can be read", "ingest_http_readable_rows_s", "{:,.0f}"),
     ("HTTP, slots of a ring, until readable: rows a second", "ingest_slots_rows_s", "{:,.0f}"),
-    ("bytes a sample at rest, roll-up and latest in", "bytes_per_sample", "{:.2f}"),
+    ("bytes a sample at rest, times, roll-ups and latest in", "bytes_per_sample", "{:.2f}"),
     ("one series → 1,000 points, ms", "series_ms", "{:.1f}"),
     ("map of all ranks × 1,000, ms", "heatmap_ms", "{:.1f}"),
     ("  while records come in, ms", "heatmap_ingesting_ms", "{:.1f}"),
