@@ -31,7 +31,7 @@ check: $(DEV) ## style and types
 .PHONY: test-clickhouse
 test-clickhouse: $(DEV) ## the store's tests with a ClickHouse server over HTTP (LENS_CLICKHOUSE_URL=http://host:8123; without it a stand-in)
 	@LENS_CLICKHOUSE_URL=$${LENS_CLICKHOUSE_URL:-stand-in} $(BIN)/python -m pytest -n $(if $(LENS_CLICKHOUSE_URL),0,$(WORKERS)) $(ARGS) \
-	  tests/store/test_folder.py tests/store/test_query.py tests/store/test_export.py tests/store/test_sql.py tests/store/test_upkeep.py
+	  tests/store/test_folder.py tests/store/test_query.py tests/store/test_export.py tests/store/test_moments.py tests/store/test_sql.py tests/store/test_upkeep.py
 
 prove-run: $(PROVE) ## real programs under lens run: torchrun, DDP, FSDP2, transformers, TRL, Lightning, accelerate, Megatron-LM (minutes)
 	@$(BIN)/python benchmarks/real_programs.py --out docs/proofs/lens_run.md $(ARGS)
