@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.store_peers import METRICS
 from benchmarks.store_server import RUN, Server, body
 from lens.store.decode import ARROW
+from lens.store.schema import OF_SAMPLES
 
 HOURS, STEPS_AN_HOUR, EVERY_NS = 24, 360, 10_000_000_000
 AGENT_RANKS = 8
@@ -169,7 +170,7 @@ def _state(server: Server, agent: Agent, data: Path, samples: int) -> dict[str, 
     path = f"/api/v1/runs/{RUN}"
     return {
         "server_mb": _memory(server.process.pid), "agent_mb": _memory(agent.process.pid),
-        "active_mb": sum(tables[name] for name in ("samples", "moments", "rollup", "rollup_fine", "latest")) / 1e6,
+        "active_mb": sum(tables[name] for name in OF_SAMPLES) / 1e6,
         "predicted_mb": samples * BYTES_A_SAMPLE / 1e6,
         "folder_mb": sum(_size(each) for each in data.rglob("*")) / 1e6,
         "series_ms": server.median_ms(f"{path}/series?metric=metric.00&rank=0&points=1000", times=3),

@@ -210,6 +210,7 @@ import json, sys, time
 from pathlib import Path
 import chdb
 from lens.store.folder import DataFolder
+from lens.store.schema import OF_SAMPLES
 began = time.perf_counter()
 folder = DataFolder(Path(sys.argv[1]))
 took = time.perf_counter() - began
@@ -217,11 +218,11 @@ folder.settle()
 kept = folder.store.query(
     f"SELECT step, toInt64(count()) AS n, toInt64(uniqExact(mid, rank)) AS d FROM lens.samples WHERE step > {sys.argv[2]} GROUP BY step"
 )
-for table in ("samples", "moments", "rollup", "rollup_fine", "latest"):
+for table in OF_SAMPLES:
     folder.store.command(f"OPTIMIZE TABLE lens.{table} FINAL")
 size = folder.store.scalar(
     "SELECT sum(bytes_on_disk) FROM system.parts "
-    "WHERE active AND database = 'lens' AND table IN ('samples', 'moments', 'rollup', 'rollup_fine', 'latest')"
+    f"WHERE active AND database = 'lens' AND table IN {OF_SAMPLES}"
 )
 rows = folder.store.scalar("SELECT count() FROM lens.samples")
 print(json.dumps([took, size / rows, [list(row.values()) for row in kept.to_pylist()]]))

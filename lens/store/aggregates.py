@@ -10,17 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from lens.store.groups import grouped
-from lens.store.schema import FINE_BUCKET, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+from lens.store.schema import FINE_BUCKET, FINE_EACH, STEP_AXIS, TIME_AXIS, TIME_BUCKET_NS
 from lens.tables import Column, Table
 
 SERIES = "series"
 """A column of samples on their way: a small number for each (run, mid), so that rows of a series are found quickly."""
-_FINE_EACH = STEP_BUCKET // FINE_BUCKET
 _ROLLED = ("axis", "bucket", "min", "max", "sum", "count", "odd")
 
 
 def aggregated(samples: pa.Table) -> dict[str, pa.Table]:
-    """Rows of `samples` (sorted), `rollup`, `rollup_fine` and `latest` from these samples: run, mid, rank, step, t_ns, value, series."""
+    """Rows of `samples` (sorted), `rollup`, `rollup_fine` (if any has a step) and `latest` from these samples: run, mid,
+    rank, step, t_ns, value, series."""
     rows = {name: samples.column(name).to_numpy() for name in samples.column_names}
     series = _in_order(rows)
     groups = grouped([series, rows["rank"]], [int(series.max()) + 1, int(rows["rank"].max()) + 1])
@@ -76,7 +76,7 @@ def _rollups(
          "count": finite.astype("<u8"), "odd": (~finite).astype("<u8")}
     )  # fmt: skip
     stepped = fine["axis"] == STEP_AXIS
-    whole = _pooled({**fine, "bucket": np.where(stepped, fine["bucket"] // _FINE_EACH, fine["bucket"])})
+    whole = _pooled({**fine, "bucket": np.where(stepped, fine["bucket"] // FINE_EACH, fine["bucket"])})
     if not stepped.all():
         fine = {name: column[stepped] for name, column in fine.items()}
     return (

@@ -17,6 +17,8 @@ STEP_BUCKET = 100
 """Steps in one bucket of the roll-up."""
 FINE_BUCKET = 10
 """Steps in one bucket of the fine roll-up."""
+FINE_EACH = STEP_BUCKET // FINE_BUCKET
+"""Buckets of the fine roll-up in one of the roll-up."""
 TIME_BUCKET_NS = 10_000_000_000
 """Time in one bucket of the roll-up, for samples without a step."""
 STEP_AXIS, TIME_AXIS = 0, 1
@@ -131,7 +133,7 @@ _UPKEEP = [
 ]
 
 # Steps and ranks that go up by one are constant differences. At its first level ZSTD makes 0.39 bytes a row of them and
-# takes eight times as long to read them as at its third, where they take 0.01.
+# takes seven times as long to read them as at its third, where they take 0.01.
 _COUNTED_UP = "CODEC(Delta, ZSTD(3))"
 # Of eleven kinds of values (losses, decimals, percents, bytes, counters, seconds) 2.8 bytes each on average; Gorilla makes
 # 3.1 of them, and 6.5 of decimals.
@@ -203,8 +205,10 @@ TARGETS: dict[str, str] = {
 }
 """Every table that a group of records fills, and its columns.
 
-In the order in which they are filled: runs first, since the others refer to them, and moments before samples; batches last, so that a batch
-found there is in every table. Roll-up and latest values are worked out beside the samples (`aggregates`) and not by
-materialised views: each insert then is one part in one table, which after a crash can be asked whether it is there (see
-`applier`).
+In the order in which they are filled: runs first, since the others refer to them, and moments before samples; batches
+last, so that a batch found there is in every table. Roll-ups and latest values are worked out beside the samples
+(`aggregates`) and not by materialised views: each insert then is one part in one table, which after a crash can be asked
+whether it is there (see `applier`).
 """
+OF_SAMPLES = ("samples", "moments", "rollup", "rollup_fine", "latest")
+"""What samples take room in."""

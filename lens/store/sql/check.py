@@ -86,7 +86,7 @@ class Select:
     def may_read(self, column: str) -> bool:
         """Whether a column of a view can be meant anywhere: by its name, or by an asterisk (but that of ``count(*)``)."""
         counted = {id(each) for node in self.tree.walk() if node.kind == "Function" and node.name == "count"
-                   for each in node.walk() if each.kind == "Asterisk"}  # fmt: skip
+                   for arguments in node.children for each in arguments.children}  # fmt: skip
         for node in self.tree.walk():
             if node.kind in ("Asterisk", "QualifiedAsterisk") and id(node) not in counted:
                 return True

@@ -17,7 +17,7 @@ from typing import Any
 from lens.store.audit import Audit, local_user
 from lens.store.errors import StoreBehindError, StoreError
 from lens.store.folder import DataFolder
-from lens.store.schema import MIGRATIONS, TARGETS
+from lens.store.schema import MIGRATIONS, OF_SAMPLES, TARGETS
 from lens.store.upkeep.retention import (
     EVERY_RUN,
     check_time,
@@ -34,7 +34,6 @@ EVERY_S = 3600.0
 """Seconds between two looks for records past their retention."""
 _MUTATION_S = 3600.0
 _LOOK_S = 0.05
-_OF_SAMPLES = ("samples", "moments", "rollup", "rollup_fine", "latest")
 
 
 class Upkeep:
@@ -115,7 +114,7 @@ class Upkeep:
         rows = {table: self._rows_by_run(table) for table in TARGETS}
         rules = rules_of(self._store)
         samples = tables["samples"]["rows"]
-        bytes_of_samples = sum(tables[name]["bytes"] for name in _OF_SAMPLES)
+        bytes_of_samples = sum(tables[name]["bytes"] for name in OF_SAMPLES)
         return {
             "schema": {"version": self._store.version, "newest": len(MIGRATIONS)},
             "rows": sum(each["rows"] for each in tables.values()),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lens.store.engine import Store, quote
 from lens.store.errors import StoreError
 from lens.store.moments import timed
-from lens.store.schema import FINE_BUCKET, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
+from lens.store.schema import FINE_EACH, STEP_AXIS, STEP_BUCKET, TIME_AXIS, TIME_BUCKET_NS
 
 EVERY_RUN = 0
 """Stands for all runs that have no rule of their own."""
@@ -32,7 +32,6 @@ _TIMES = {
 }
 """The newest time that a row of each table of records speaks of."""
 _NO_STEP = -1
-_FINE_EACH = STEP_BUCKET // FINE_BUCKET
 
 
 class BadRetentionError(StoreError):
@@ -107,7 +106,7 @@ class Expired:
             f"OR (axis = {STEP_AXIS} AND {in_buckets}))"
         )
         fine = _any(
-            f"bucket BETWEEN {first * _FINE_EACH} AND {last * _FINE_EACH + _FINE_EACH - 1}"
+            f"bucket BETWEEN {first * FINE_EACH} AND {last * FINE_EACH + FINE_EACH - 1}"
             for first, last in self.buckets
         )
         fine_rollup = f"run = {self.run} AND {fine}"
